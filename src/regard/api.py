@@ -1,0 +1,249 @@
+"""The public calls: `attention`, `varlen_attention`, `paged_attention` and `merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard import ops
+from regard.config import AttentionConfig, AttentionInputs
+from regard.errors import ConfigError
+from regard.registry import Explanation, registry
+
+
+@torch.compiler.allow_in_graph
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    kv_lens: Tensor | None = None,
+    layout: str = "bshd",
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention on the fastest backend that supports the call.
+
+    ``softmax(softcap(q @ k.T * softmax_scale) + bias - alibi, over visible keys) @ v`` with fp32 accumulation
+    (Dao 2023, "FlashAttention-2", algorithm 1, in the flash backends). Key j is visible to query i iff mask, causal,
+    window and kv_lens all allow it. A row that sees no key gives 0 and lse -inf.
+
+    Args:
+        q: (B, Sq, Hq, D), or (B, Hq, Sq, D) with ``layout="bhsd"``. float16, bfloat16, float32; float64 on the
+            reference backend. Any strides.
+        k: (B, Sk, Hk, D); Hq must be a multiple of Hk (grouped-query attention).
+        v: (B, Sk, Hk, Dv); Dv may differ from D.
+        causal: key j is visible to query i iff ``j <= i + Sk - Sq`` (bottom-right aligned).
+        window: inclusive ``(left, right)`` around position ``i + Sk - Sq``; None is unlimited on that side.
+        mask: bool, True = attend; broadcasts to (B, Hq, Sq, Sk).
+        bias: float, added to the scaled scores; broadcasts to (B, Hq, Sq, Sk). Gets a gradient.
+        softmax_scale: default ``D ** -0.5``.
+        softcap: 0 is off; else scores become ``softcap * tanh(score / softcap)``.
+        alibi_slopes: (Hq,) or (B, Hq); adds ``-slope * |i + Sk - Sq - j|``.
+        sinks: (Hq,) logits that join the softmax denominator only. Gets a gradient.
+        dropout_p: probability that an attention weight is dropped, in [0, 1). Drawn from torch's generator of the
+            device; forward and backward use the same Philox mask.
+        kv_lens: int32 (B,), the keys of each sequence that count; the rest of k and v is never read. Takes the place
+            of Sk in causal, window and ALiBi. Values outside 0..Sk are an error on the CPU and are clamped on a GPU.
+        layout: ``"bshd"`` or ``"bhsd"``, of q, k, v and the output.
+        return_lse: also return the natural log of the softmax denominator, fp32 (B, Hq, Sq), differentiable.
+        deterministic: make the backward bitwise repeatable. The forward always is.
+        backend: a name from `list_backends` (strict: it serves the call or raises), ``"auto"``, or None for what
+            `use_backend` and `set_default` say.
+
+    Returns:
+        out in q's dtype and layout with head dim Dv; with ``return_lse`` a pair (out, lse).
+
+    Raises:
+        ConfigError: an argument is malformed.
+        UnsupportedError: the named backend, or every backend, lacks something the call needs.
+    """
+    q, k, v = _autocast(q, k, v)
+    config = AttentionConfig.from_tensors(
+        q, k, v, layout=layout, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens,
+        softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap, dropout_p=dropout_p,
+        return_lse=return_lse, deterministic=deterministic,
+    )  # fmt: skip
+    selection = registry.select(config, backend)
+    if layout == "bhsd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    inputs = AttentionInputs(
+        q, k, v, mask=_four_dimensional(mask), bias=_four_dimensional(bias), alibi_slopes=alibi_slopes, sinks=sinks,
+        kv_lens=kv_lens, dropout_seed=_draw_seed(config, q),
+    )  # fmt: skip
+    out, lse = ops.attend(config, inputs, selection)
+    if layout == "bhsd":
+        out = out.transpose(1, 2)
+    return _result(out, lse, return_lse)
+
+
+@torch.compiler.allow_in_graph
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over sequences packed back to back, without padding.
+
+    Args:
+        q: (total_q, Hq, D).
+        k: (total_k, Hk, D).
+        v: (total_k, Hk, Dv).
+        cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,) offsets: sequence b is rows ``cu[b]:cu[b + 1]``. Query and
+            key lengths are independent; zero-length sequences are allowed.
+        max_seqlen_q, max_seqlen_k: the longest sequence; read from the offsets if not given, which on a GPU
+            synchronises once per offsets tensor.
+
+    The other arguments are those of `attention`, applied to each sequence on its own.
+
+    Returns:
+        out (total_q, Hq, Dv); with ``return_lse`` also lse (Hq, total_q), fp32.
+    """
+    q, k, v = _autocast(q, k, v)
+    config = AttentionConfig.from_tensors(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, alibi_slopes=alibi_slopes, sinks=sinks, softmax_scale=softmax_scale, causal=causal,
+        window=window, softcap=softcap, dropout_p=dropout_p, return_lse=return_lse, deterministic=deterministic,
+    )  # fmt: skip
+    selection = registry.select(config, backend)
+    inputs = AttentionInputs(
+        q, k, v, alibi_slopes=alibi_slopes, sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        dropout_seed=_draw_seed(config, q),
+    )  # fmt: skip
+    out, lse = ops.attend(config, inputs, selection)
+    return _result(out, lse, return_lse)
+
+
+@torch.compiler.allow_in_graph
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    kv_lens: Tensor,
+    *,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new queries over a paged KV cache (Kwon et al. 2023, "PagedAttention", section 4.1).
+
+    Args:
+        q: (B, Sq, Hq, D); the last query of sequence b sits at key position ``kv_lens[b] - 1``.
+        k_cache: (num_pages, page_size, Hk, D).
+        v_cache: (num_pages, page_size, Hk, Dv).
+        block_table: int32 (B, pages per sequence), the pages of each sequence in order. Entries past a sequence's
+            length are not read.
+        kv_lens: int32 (B,), keys held for each sequence, the new ones included.
+
+    The other arguments are those of `attention`. No backend differentiates through a paged cache.
+
+    Returns:
+        out (B, Sq, Hq, Dv); with ``return_lse`` also lse (B, Hq, Sq), fp32.
+    """
+    config = AttentionConfig.from_tensors(
+        q, k_cache, v_cache, block_table=block_table, kv_lens=kv_lens, alibi_slopes=alibi_slopes, sinks=sinks,
+        softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap, return_lse=return_lse,
+    )  # fmt: skip
+    selection = registry.select(config, backend)
+    inputs = AttentionInputs(
+        q, k_cache, v_cache, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens, block_table=block_table
+    )
+    out, lse = ops.attend(config, inputs, selection)
+    return _result(out, lse, return_lse)
+
+
+def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Combine attention over disjoint sets of keys into attention over their union.
+
+    Args:
+        outs: each (B, Sq, Hq, Dv).
+        lses: each (B, Hq, Sq), natural log.
+
+    Returns:
+        (out, lse) as one call over all the keys would give them; a row that saw no key anywhere stays 0 and -inf.
+
+    Raises:
+        ConfigError: the lists are empty or their lengths differ.
+    """
+    if not outs or len(outs) != len(lses):
+        raise ConfigError("outs, lses", f"{len(outs)} and {len(lses)} tensors", "two lists of the same length > 0")
+    stacked = torch.stack(list(lses))
+    lse = torch.logsumexp(stacked, dim=0)
+    weights = torch.exp(stacked - torch.where(lse == float("-inf"), 0.0, lse))
+    parts = torch.stack([out.to(lse.dtype) for out in outs])
+    merged = (parts * weights.transpose(-1, -2)[..., None]).sum(0)
+    return merged.to(outs[0].dtype), lse
+
+
+def explain(q: AttentionConfig | Tensor, *tensors: Tensor, backend: str | None = None, **arguments: Any) -> Explanation:
+    """Say which backend would serve a call, and every backend's reasons against it.
+
+    Args:
+        q: an `AttentionConfig`, or q of a call whose k, v and keyword arguments follow (those of `attention`; with
+            ``cu_seqlens_q`` those of `varlen_attention`, with ``block_table`` those of `paged_attention`).
+        backend: explain the choice of this name instead of the automatic one.
+
+    Returns:
+        an `Explanation`; ``print`` shows it as a table.
+    """
+    config = q if isinstance(q, AttentionConfig) else AttentionConfig.from_tensors(q, *tensors, **arguments)
+    return registry.explain(config, backend)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inside torch.autocast, float32 inputs take the autocast dtype, as torch's own attention does."""
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in (q, k, v))
+    return q, k, v
+
+
+def _four_dimensional(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor[(None,) * (4 - tensor.ndim)]
+
+
+def _draw_seed(config: AttentionConfig, q: Tensor) -> Tensor | None:
+    if config.dropout_p == 0:
+        return None
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+
+
+def _result(out: Tensor, lse: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
