@@ -1,0 +1,256 @@
+"""The portable flash-attention forward: one Triton kernel, features compiled in only where used.
+
+Dao 2023, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", algorithm 1: each program
+keeps one tile of queries and streams the visible key/value tiles past it with an online softmax (Milakov and
+Gimelshein 2018). Runs wherever Triton does; the launcher is `regard.backends.flash`.
+"""
+
+import triton
+import triton.language as tl
+
+from regard.kernels.scores import (
+    LN_2,
+    LOG2_E,
+    band_visible,
+    dropout_keep,
+    key_span,
+    scaled_scores,
+    sequence_bounds,
+    tile_offsets,
+)
+
+
+@triton.jit
+def online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr, RAW: tl.constexpr):
+    """One step of the online softmax: new maximum (log2 units), the old state's decay, and this tile's weights."""
+    factor = scale * LOG2_E if RAW else 1.0
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+    anchor = new_max
+    if MASKED:
+        anchor = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
+    weights = tl.exp2(scores * factor - anchor[:, None])
+    decay = tl.exp2(row_max - anchor)
+    return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def attend_keys(
+    acc, row_max, row_sum, q, start, stop,
+    query, query_exists, head, sequence, shift, seqlen_k,
+    k_base, v_base, mask_base, bias_base, block_table_ptr, slope, seed,
+    k_strides, v_strides, mask_strides, bias_strides,
+    page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stream the key blocks of [start, stop) past the query tile. MASKED: some pair may lie outside the band."""
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_DV)
+    dim_exists = dim < HEAD_DIM
+    dim_v_exists = dim_v < HEAD_DIM_V
+    for first_key in tl.range(start, stop, BLOCK_N):
+        key = first_key + column
+        key_exists = key < seqlen_k
+        if block_table_ptr is None:
+            k_tile = k_base + tl.cast(first_key, tl.int64) * k_strides[1]
+            v_tile = v_base + tl.cast(first_key, tl.int64) * v_strides[1]
+            k_rows = tile_offsets(column, 0 * column, k_strides[1], 0, WIDE)
+            v_rows = tile_offsets(column, 0 * column, v_strides[1], 0, WIDE)
+        else:
+            k_tile, v_tile = k_base, v_base
+            page = tl.load(block_table_ptr + key // page_size, mask=key_exists, other=0).to(tl.int64)
+            k_rows = page * k_strides[0] + (key % page_size).to(tl.int64) * k_strides[1]
+            v_rows = page * v_strides[0] + (key % page_size).to(tl.int64) * v_strides[1]
+
+        # K tile, transposed: (BLOCK_D, BLOCK_N)
+        k_pointers = k_tile + (k_rows[None, :] + dim[:, None] * k_strides[3])
+        k = load_tile(k_pointers, key_exists[None, :], dim_exists[:, None], MASKED, HEAD_DIM == BLOCK_D)
+        qk = tl.dot(q, k, input_precision=PRECISION)
+
+        bias = None
+        if bias_base is not None:
+            # bias tile (BLOCK_M, BLOCK_N)
+            bias_tile = bias_base + tl.cast(first_key, tl.int64) * bias_strides[3]
+            bias_offsets = tile_offsets(row[:, None], column[None, :], bias_strides[2], bias_strides[3], WIDE)
+            bias = tl.load(bias_tile + bias_offsets, mask=query_exists[:, None] & key_exists[None, :], other=0.0)
+            bias = bias.to(tl.float32)
+        scores = scaled_scores(
+            qk, query[:, None], key[None, :], shift, softmax_scale, softcap, slope, bias, RAW
+        )
+        if MASKED:
+            visible = band_visible(query[:, None], key[None, :], shift, seqlen_k, window_left, window_right)
+            scores = tl.where(visible, scores, float("-inf"))
+        if mask_base is not None:
+            # mask tile (BLOCK_M, BLOCK_N)
+            mask_tile = mask_base + tl.cast(first_key, tl.int64) * mask_strides[3]
+            mask_offsets = tile_offsets(row[:, None], column[None, :], mask_strides[2], mask_strides[3], WIDE)
+            allowed = tl.load(mask_tile + mask_offsets, mask=query_exists[:, None] & key_exists[None, :], other=0)
+            scores = tl.where(allowed != 0, scores, float("-inf"))
+
+        weights, decay, row_max, row_sum = online_softmax(
+            scores, row_max, row_sum, softmax_scale, MASKED or mask_base is not None or bias_base is not None, RAW
+        )
+        if seed is not None:
+            keep = dropout_keep(seed, head, query, first_key, dropout_threshold, BLOCK_M, BLOCK_N)
+            weights = tl.where(keep, weights, 0.0)
+
+        # V tile (BLOCK_N, BLOCK_DV)
+        v_pointers = v_tile + (v_rows[:, None] + dim_v[None, :] * v_strides[3])
+        v = load_tile(v_pointers, key_exists[:, None], dim_v_exists[None, :], MASKED, HEAD_DIM_V == BLOCK_DV)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def load_tile(pointers, row_exists, dim_exists, MASK_ROWS: tl.constexpr, FULL_DIM: tl.constexpr):
+    """Load a tile of a (rows, head dim) matrix, 0 outside it, with only the bounds that can be crossed."""
+    if MASK_ROWS:
+        if FULL_DIM:
+            return tl.load(pointers, mask=row_exists, other=0.0)
+        return tl.load(pointers, mask=row_exists & dim_exists, other=0.0)
+    if FULL_DIM:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=dim_exists, other=0.0)
+
+
+@triton.jit
+def attention_forward(
+    q_ptr,  # (B, Sq, Hq, D), or packed (1, total_q, Hq, D) with a batch stride of 0
+    k_ptr,  # (B, Sk, Hk, D), packed (1, total_k, Hk, D), or paged (pages, page_size, Hk, D)
+    v_ptr,  # as k, with Dv
+    out_ptr,  # as q, with Dv
+    lse_ptr,  # (B, Hq, Sq), or packed (1, Hq, total_q); fp32
+    mask_ptr,  # uint8, broadcast to (B, Hq, Sq, Sk) by zero strides
+    bias_ptr,  # float, likewise
+    alibi_ptr,  # (B, Hq) fp32
+    sinks_ptr,  # (Hq,)
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    kv_lens_ptr,
+    block_table_ptr,
+    seed_ptr,  # int64 (1,)
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    lse_strides,
+    mask_strides,
+    bias_strides,
+    alibi_strides,
+    block_table_stride,
+    heads_q,
+    group,  # query heads per key/value head
+    seqlen_q,  # the longest, where packed
+    seqlen_k,
+    total_q,
+    total_k,
+    page_size,
+    softmax_scale,
+    softcap,
+    window_left,
+    window_right,
+    dropout_threshold,
+    dropout_rescale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    RAW: tl.constexpr,  # scores need nothing but a positive scale, which then fuses into the exponential
+    WIDE: tl.constexpr,  # some stride is too large for 32-bit offsets inside a tile
+    PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32x3" or "tf32"
+):
+    # Neighbouring programs share a head's keys and values; with a causal bound the longest rows go first.
+    blocks_m = tl.cdiv(seqlen_q, BLOCK_M)
+    program = tl.program_id(0)
+    block_m = program % blocks_m
+    if window_right is not None:
+        block_m = blocks_m - 1 - block_m
+    head = (program // blocks_m) % heads_q
+    sequence = program // blocks_m // heads_q
+    head_k = head // group
+
+    start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, None, sequence, seqlen_q, total_q)
+    start_k, length_k = sequence_bounds(cu_seqlens_k_ptr, kv_lens_ptr, sequence, seqlen_k, total_k)
+    first_query = block_m * BLOCK_M
+    if first_query >= length_q:
+        return
+    shift = length_k - length_q
+
+    row = tl.arange(0, BLOCK_M)
+    query = first_query + row
+    query_exists = query < length_q
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_DV)
+    # Offsets of whole heads and sequences may pass 2**31 elements.
+    sequence64, head64, head_k64 = sequence.to(tl.int64), head.to(tl.int64), head_k.to(tl.int64)
+    first_row = (start_q + first_query).to(tl.int64)
+    k_base = k_ptr + start_k.to(tl.int64) * k_strides[1] + head_k64 * k_strides[2]
+    v_base = v_ptr + start_k.to(tl.int64) * v_strides[1] + head_k64 * v_strides[2]
+    if block_table_ptr is None:
+        k_base += sequence64 * k_strides[0]
+        v_base += sequence64 * v_strides[0]
+    else:
+        block_table_ptr += sequence64 * block_table_stride
+    if mask_ptr is not None:
+        mask_ptr += sequence64 * mask_strides[0] + head64 * mask_strides[1]
+        mask_ptr += first_query.to(tl.int64) * mask_strides[2]
+    if bias_ptr is not None:
+        bias_ptr += sequence64 * bias_strides[0] + head64 * bias_strides[1]
+        bias_ptr += first_query.to(tl.int64) * bias_strides[2]
+    slope = None
+    if alibi_ptr is not None:
+        slope = tl.load(alibi_ptr + sequence * alibi_strides[0] + head * alibi_strides[1])
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    # Q tile (BLOCK_M, BLOCK_D)
+    q_base = q_ptr + sequence64 * q_strides[0] + first_row * q_strides[1] + head64 * q_strides[2]
+    q_pointers = q_base + tile_offsets(row[:, None], dim[None, :], q_strides[1], q_strides[3], WIDE)
+    q = load_tile(q_pointers, query_exists[:, None], (dim < HEAD_DIM)[None, :], True, HEAD_DIM == BLOCK_D)
+
+    # A sink is a key without a value: it starts the softmax off (Xiao et al. 2023, "attention sinks").
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        row_max = tl.full([BLOCK_M], 0.0, tl.float32) + sink
+        row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    last_query = tl.minimum(first_query + BLOCK_M, length_q) - 1
+    start, full_start, full_stop, stop = key_span(
+        first_query, last_query, shift, length_k, window_left, window_right, BLOCK_N
+    )
+    for part in tl.static_range(0, 3):
+        # left edge of the window, interior, right edge: the same body, masked only at the edges
+        if part != 0 or window_left is not None:
+            part_start = start if part == 0 else (full_start if part == 1 else full_stop)
+            part_stop = full_start if part == 0 else (full_stop if part == 1 else stop)
+            acc, row_max, row_sum = attend_keys(
+                acc, row_max, row_sum, q, part_start, part_stop,
+                query, query_exists, sequence * heads_q + head, sequence, shift, length_k,
+                k_base, v_base, mask_ptr, bias_ptr, block_table_ptr, slope, seed,
+                k_strides, v_strides, mask_strides, bias_strides,
+                page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part != 1, RAW, WIDE, PRECISION,
+            )  # fmt: skip
+
+    nothing_visible = row_sum == 0
+    row_sum = tl.where(nothing_visible, 1.0, row_sum)
+    acc = acc / row_sum[:, None]
+    if seed is not None:
+        acc = acc * dropout_rescale
+    lse = tl.where(nothing_visible, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
+
+    # out tile (BLOCK_M, BLOCK_DV)
+    out_base = out_ptr + sequence64 * out_strides[0] + first_row * out_strides[1] + head64 * out_strides[2]
+    out_pointers = out_base + tile_offsets(row[:, None], dim_v[None, :], out_strides[1], out_strides[3], WIDE)
+    tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=query_exists[:, None] & (dim_v < HEAD_DIM_V)[None, :])
+    lse_base = lse_ptr + sequence64 * lse_strides[0] + head64 * lse_strides[1] + first_row
+    tl.store(lse_base + row, lse, mask=query_exists)

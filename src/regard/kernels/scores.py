@@ -1,0 +1,101 @@
+"""Device functions every portable kernel shares: where a tile lies, what its scores are, which of them are visible.
+
+Index arguments ``query`` and ``key`` broadcast against each other, so that the same functions serve a (queries, keys)
+tile of the forward and a (keys, queries) tile of the backward. Scores leave here in units of log2, because the GPU's
+exponential is exp2. A feature whose pointer or bound is None is absent from the compiled kernel.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def sequence_bounds(cu_seqlens_ptr, lengths_ptr, sequence, padded_length, total):
+    """First packed row of a sequence and its length, clamped so that no offset in memory can cause a stray access."""
+    start = sequence * 0
+    length = start + padded_length
+    if cu_seqlens_ptr is not None:
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), total)
+        stop = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), start), total)
+        length = tl.minimum(stop - start, length)
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + sequence), 0), length)
+    return start, length
+
+
+@triton.jit
+def tile_offsets(row, column, row_stride, column_stride, WIDE: tl.constexpr):
+    """Offsets of a tile from its first element; 64-bit only where a stride is so large that 32 bits could overflow."""
+    if WIDE:
+        row = row.to(tl.int64)
+        column = column.to(tl.int64)
+    return row * row_stride + column * column_stride
+
+
+@triton.jit
+def key_span(first_query, last_query, shift, seqlen_k, window_left, window_right, BLOCK_N: tl.constexpr):
+    """Key range of a tile of queries, cut into [start, full_start) [full_start, full_stop) [full_stop, stop).
+
+    Blocks of the middle part are visible to every query of the tile and need no mask; blocks outside are never visited.
+    """
+    start = 0
+    full_start = 0
+    stop = seqlen_k
+    full_stop = seqlen_k // BLOCK_N * BLOCK_N
+    if window_left is not None:
+        start = tl.maximum(first_query + shift - window_left, 0) // BLOCK_N * BLOCK_N
+        full_start = tl.cdiv(tl.maximum(last_query + shift - window_left, 0), BLOCK_N) * BLOCK_N
+    if window_right is not None:
+        stop = tl.minimum(stop, tl.maximum(last_query + shift + window_right + 1, 0))
+        full_stop = tl.minimum(full_stop, tl.maximum(first_query + shift + window_right + 1, 0) // BLOCK_N * BLOCK_N)
+    full_start = tl.minimum(full_start, tl.cdiv(stop, BLOCK_N) * BLOCK_N)
+    full_stop = tl.maximum(full_start, full_stop)
+    return start, full_start, full_stop, stop
+
+
+@triton.jit
+def scaled_scores(qk, query, key, shift, scale, softcap, slope, bias, RAW: tl.constexpr):
+    """Scale, softcap, bias and ALiBi, in that order, in units of log2. RAW leaves the scale to the exponential."""
+    if RAW:
+        return qk
+    scores = qk * scale
+    if softcap is not None:
+        scores = softcap * tanh(scores / softcap)
+    scores = scores * LOG2_E
+    if bias is not None:
+        scores += bias * LOG2_E
+    if slope is not None:
+        scores -= slope * LOG2_E * tl.abs(key - query - shift).to(tl.float32)
+    return scores
+
+
+@triton.jit
+def tanh(x):
+    """tanh through exp2; exact at the ends because exp2 overflows to inf."""
+    return 1 - 2 / (1 + tl.exp2(2 * LOG2_E * x))
+
+
+@triton.jit
+def band_visible(query, key, shift, seqlen_k, window_left, window_right):
+    """Whether key j lies in the sequence and in query i's causal and window band."""
+    visible = key < seqlen_k
+    if window_right is not None:
+        visible = visible & (key <= query + shift + window_right)
+    if window_left is not None:
+        visible = visible & (key >= query + shift - window_left)
+    return visible
+
+
+@triton.jit
+def dropout_keep(seed, head, query, first_key, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights of a (BLOCK_M, BLOCK_N) tile survive: Philox word ``key % 4`` of counter (key // 4, query, head, 0)
+    (Salmon et al. 2011, section 3.3), so that the mask does not depend on the tiling."""
+    quad = (first_key // 4 + tl.arange(0, BLOCK_N // 4))[None, :] + tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
+    row = query[:, None] + tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
+    zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
+    word0, word1, word2, word3 = tl.philox(seed, quad, row, zero + head, zero)
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3)).reshape(BLOCK_M, BLOCK_N)
+    return words.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)

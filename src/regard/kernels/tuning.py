@@ -1,0 +1,141 @@
+"""The tile table: which block sizes each kernel runs with, as data.
+
+A pure function of the problem and the architecture, so that it can be read and tested without a GPU and nothing is tuned
+at run time. `tests/arch` compiles every entry for its target and records registers, shared memory and spills.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+HEAD_DIMS = (64, 128, 256)
+"""Head dims the table distinguishes; a head dim uses the next larger entry."""
+
+ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100", "sm120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+
+_ALIASES = {
+    "sm86": "sm89",
+    "sm87": "sm89",
+    "sm103": "sm100",
+    "sm121": "sm120",
+    "gfx1101": "gfx1100",
+    "gfx1102": "gfx1100",
+    "gfx1103": "gfx1100",
+    "gfx1150": "gfx1100",
+    "gfx1151": "gfx1100",
+    "gfx1200": "gfx1201",
+}
+
+
+class Tile(NamedTuple):
+    """A tile of BLOCK_M queries by BLOCK_N keys, the warps that work on it and the depth of its load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class Rule(NamedTuple):
+    """A tile and when it applies. Of several rules the first that applies wins."""
+
+    tile: Tile
+    causal: bool | None = None
+    min_seqlen_k: int = 0
+    min_triton: tuple[int, int] = (3, 6)
+
+    def applies(self, causal: bool, seqlen_k: int, triton_version: tuple[int, int]) -> bool:
+        return (
+            self.causal in (None, causal) and seqlen_k >= self.min_seqlen_k and triton_version >= self.min_triton
+        )
+
+
+def _rules(*tile: int) -> tuple[Rule, ...]:
+    return (Rule(Tile(*tile)),)
+
+
+# (architecture, bytes per element, head dim) -> rules
+FORWARD: dict[tuple[str, int, int], tuple[Rule, ...]] = {
+    ("sm80", 2, 64): _rules(128, 64, 4, 3),
+    ("sm80", 2, 128): _rules(128, 64, 8, 2),
+    ("sm80", 2, 256): _rules(64, 32, 4, 2),
+    ("sm89", 2, 64): _rules(128, 64, 4, 2),
+    ("sm89", 2, 128): _rules(64, 32, 4, 2),
+    ("sm89", 2, 256): _rules(64, 32, 8, 1),
+    ("sm90", 2, 64): (
+        Rule(Tile(64, 64, 4, 3), causal=True),
+        Rule(Tile(128, 64, 8, 3)),
+    ),
+    ("sm90", 2, 128): (
+        Rule(Tile(128, 128, 8, 3), causal=True, min_seqlen_k=8192),
+        Rule(Tile(64, 64, 4, 3), causal=True),
+        Rule(Tile(128, 64, 8, 3), min_seqlen_k=2048),
+        Rule(Tile(128, 32, 8, 4)),
+    ),
+    ("sm90", 2, 256): (
+        Rule(Tile(128, 64, 8, 2), causal=True),
+        Rule(Tile(128, 32, 8, 4)),
+    ),
+    ("sm100", 2, 64): _rules(128, 64, 4, 3),
+    ("sm100", 2, 128): _rules(128, 64, 4, 2),
+    ("sm100", 2, 256): _rules(64, 32, 4, 2),
+    ("sm120", 2, 64): _rules(128, 64, 4, 2),
+    ("sm120", 2, 128): _rules(64, 32, 4, 2),
+    ("sm120", 2, 256): _rules(64, 32, 8, 1),
+    ("gfx90a", 2, 64): _rules(128, 64, 4, 1),
+    ("gfx90a", 2, 128): _rules(128, 64, 4, 1),
+    ("gfx90a", 2, 256): _rules(128, 32, 8, 1),
+    ("gfx942", 2, 64): _rules(128, 64, 4, 1),
+    ("gfx942", 2, 128): _rules(128, 64, 4, 1),
+    ("gfx942", 2, 256): _rules(128, 32, 8, 1),
+    ("gfx950", 2, 64): _rules(128, 64, 4, 1),
+    ("gfx950", 2, 128): _rules(128, 64, 4, 1),
+    ("gfx950", 2, 256): _rules(128, 32, 8, 1),
+    ("gfx1100", 2, 64): _rules(128, 32, 8, 1),
+    ("gfx1100", 2, 128): (Rule(Tile(64, 16, 8, 1), min_triton=(3, 9)), Rule(Tile(128, 32, 8, 1))),
+    ("gfx1100", 2, 256): _rules(16, 16, 4, 1),
+    ("gfx1201", 2, 64): _rules(128, 32, 8, 1),
+    ("gfx1201", 2, 128): _rules(128, 32, 8, 1),
+    ("gfx1201", 2, 256): _rules(16, 16, 4, 1),
+}
+# float32 products run on the plain FMA units unless torch's matmul precision allows tf32: small tiles, few registers.
+_FLOAT32 = {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 32, 4, 1)}
+_FLOAT32_AMD = {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)}
+FORWARD.update(
+    ((arch, 4, head_dim), _rules(*tile))
+    for arch in ARCHITECTURES
+    for head_dim, tile in (_FLOAT32_AMD if arch.startswith("gfx") else _FLOAT32).items()
+)
+
+
+def table_architecture(arch: str) -> str | None:
+    """The architecture whose entries serve ``arch``, or None where there is no entry to go by."""
+    arch = _ALIASES.get(arch, arch)
+    return arch if arch in ARCHITECTURES else None
+
+
+def table_head_dim(head_dim: int) -> int:
+    """The head-dim entry that covers ``head_dim``, at most 256."""
+    return next(entry for entry in HEAD_DIMS if head_dim <= entry)
+
+
+def forward_tile(
+    arch: str, itemsize: int, head_dim: int, causal: bool, seqlen_k: int, triton_version: tuple[int, int]
+) -> Tile:
+    """The forward kernel's tile.
+
+    Args:
+        arch: an architecture with entries, see `table_architecture`.
+        itemsize: bytes per element of q, k and v.
+        head_dim: the larger of D and Dv, 1 to 256.
+        causal: whether the right side of the band is bounded.
+        seqlen_k: keys of the longest sequence.
+        triton_version: (major, minor).
+    """
+    rules = FORWARD[arch, itemsize, table_head_dim(head_dim)]
+    return next(rule.tile for rule in rules if rule.applies(causal, seqlen_k, triton_version))
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Extent of a tile's head-dim axis: the next power of two a matrix instruction accepts."""
+    return max(16, 1 << (head_dim - 1).bit_length())
