@@ -40,19 +40,24 @@ def key_span(first_query, last_query, shift, seqlen_k, window_left, window_right
     """Key range of a tile of queries, cut into [start, full_start) [full_start, full_stop) [full_stop, stop).
 
     Blocks of the middle part are visible to every query of the tile and need no mask; blocks outside are never visited.
+    The outer parts are never empty (a block that needs no mask, or lies outside, may serve): a loop that might not run at all between two
+    others makes ptxas serialise the wgmma pipeline, which costs up to a quarter of the speed on sm90.
     """
     start = 0
-    full_start = 0
     stop = seqlen_k
-    full_stop = seqlen_k // BLOCK_N * BLOCK_N
-    if window_left is not None:
-        start = tl.maximum(first_query + shift - window_left, 0) // BLOCK_N * BLOCK_N
-        full_start = tl.cdiv(tl.maximum(last_query + shift - window_left, 0), BLOCK_N) * BLOCK_N
+    full_start = 0
+    full_stop = seqlen_k
     if window_right is not None:
         stop = tl.minimum(stop, tl.maximum(last_query + shift + window_right + 1, 0))
-        full_stop = tl.minimum(full_stop, tl.maximum(first_query + shift + window_right + 1, 0) // BLOCK_N * BLOCK_N)
-    full_start = tl.minimum(full_start, tl.cdiv(stop, BLOCK_N) * BLOCK_N)
-    full_stop = tl.maximum(full_start, full_stop)
+        full_stop = tl.minimum(full_stop, tl.maximum(first_query + shift + window_right + 1, 0))
+    if window_left is not None:
+        start = tl.minimum(tl.maximum(first_query + shift - window_left, 0), stop) // BLOCK_N * BLOCK_N
+        full_start = tl.cdiv(tl.maximum(last_query + shift - window_left, 0), BLOCK_N) * BLOCK_N
+        full_start = tl.minimum(full_start, tl.cdiv(stop, BLOCK_N) * BLOCK_N)
+        full_start = tl.maximum(full_start, start + BLOCK_N)
+    full_stop = tl.minimum(full_stop, tl.maximum(stop - 1, 0)) // BLOCK_N * BLOCK_N
+    full_stop = tl.maximum(full_stop, full_start)
+    stop = tl.maximum(stop, full_stop + 1)
     return start, full_start, full_stop, stop
 
 
@@ -75,7 +80,7 @@ def scaled_scores(qk, query, key, shift, scale, softcap, slope, bias, RAW: tl.co
 @triton.jit
 def tanh(x):
     """tanh through exp2; exact at the ends because exp2 overflows to inf."""
-    return 1 - 2 / (1 + tl.exp2(2 * LOG2_E * x))
+    return 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
 
 
 @triton.jit
