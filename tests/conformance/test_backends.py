@@ -11,11 +11,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def parameters(cases):
     """backend, case and dtype of every case; float64 too on the backend that is the specification."""
-    for backend in regard.list_backends():
-        for case in cases:
-            for dtype in (*case.dtypes, torch.float64) if backend == "reference" else case.dtypes:
-                name = str(dtype).removeprefix("torch.")
-                yield pytest.param(backend, case, dtype, id=f"{backend}-{case.name}-{name}")
+    return [
+        pytest.param(backend, case, dtype, id=f"{backend}-{case.name}-{str(dtype).removeprefix('torch.')}")
+        for backend in regard.list_backends()
+        for case in cases
+        for dtype in ((*case.dtypes, torch.float64) if backend == "reference" else case.dtypes)
+    ]
 
 
 def passed_or_refused(result, record_property):
@@ -30,7 +31,7 @@ def test_forward(backend, case, dtype, record_property):
     passed_or_refused(check_forward(backend, case, DEVICE, dtype), record_property)
 
 
-@pytest.mark.parametrize("backend, case, dtype", parameters(case for case in CASES if case.gradients))
+@pytest.mark.parametrize("backend, case, dtype", parameters([case for case in CASES if case.gradients]))
 def test_backward(backend, case, dtype, record_property):
     passed_or_refused(check_backward(backend, case, DEVICE, dtype), record_property)
 
