@@ -212,7 +212,7 @@ class AttentionConfig:
             arch=architecture(device),
             softmax_scale=softmax_scale,
             causal=causal,
-            window=None if window is None else tuple(window),  # type: ignore[arg-type]  # length checked below
+            window=tuple(window) if isinstance(window, list) else window,
             softcap=softcap,
             mask_shape=_shape4("mask", mask),
             bias_shape=_shape4("bias", bias),
@@ -543,8 +543,8 @@ def _check_semantics(config: AttentionConfig) -> None:
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(name, repr(getattr(config, name)), "a bool")
     if config.window is not None:
-        if len(config.window) != 2:
-            raise ConfigError("window", config.window, "a pair (left, right)")
+        if not isinstance(config.window, tuple) or len(config.window) != 2:
+            raise ConfigError("window", repr(config.window), "a pair (left, right)")
         for bound in config.window:
             if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, torch.SymInt))):
                 raise ConfigError("window", config.window, "ints or None")
