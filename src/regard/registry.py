@@ -146,10 +146,11 @@ class Registry:
             self._priority[name] = priority
 
     def unregister(self, name: str) -> None:
-        """Remove a backend. A default that names it is cleared."""
+        """Remove a backend. A default that names it, and its quarantines, are cleared."""
         self.get(name)
         with self._lock:
             del self._backends[name], self._priority[name]
+            self._quarantined = {key: failure for key, failure in self._quarantined.items() if key[0] != name}
             if self._default == name:
                 self._default = None
 
