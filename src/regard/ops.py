@@ -162,7 +162,7 @@ def attention_fwd(
                bias_requires_grad, deterministic)  # fmt: skip
     out, lse = _forward(_config_of(inputs, scalars), inputs, backend, strict)
     assert lse is not None
-    return out, lse
+    return out.contiguous(), lse.contiguous()  # as the fake promises; a backend of torch ops may return a view
 
 
 @attention_fwd.register_fake
