@@ -141,6 +141,7 @@ def forward_launch(
         BLOCK_D=tuning.padded_head_dim(config.head_dim),
         BLOCK_DV=tuning.padded_head_dim(config.head_dim_v),
         RAW=raw,
+        RAGGED=right is not None or config.varlen or config.kv_lens or config.seqlen_k % tile.block_n != 0,
         WIDE=_wide(inputs, out),
         PRECISION=_product_precision(config),
     )

@@ -161,6 +161,7 @@ def attention_forward(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     RAW: tl.constexpr,  # scores need nothing but a positive scale, which then fuses into the exponential
+    RAGGED: tl.constexpr,  # the last key blocks may be cut by the length or the band
     WIDE: tl.constexpr,  # some stride is too large for 32-bit offsets inside a tile
     PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32x3" or "tf32"
 ):
@@ -177,8 +178,9 @@ def attention_forward(
     start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, None, sequence, seqlen_q, total_q)
     start_k, length_k = sequence_bounds(cu_seqlens_k_ptr, kv_lens_ptr, sequence, seqlen_k, total_k)
     first_query = block_m * BLOCK_M
-    if first_query >= length_q:
-        return
+    if cu_seqlens_q_ptr is not None:
+        if first_query >= length_q:
+            return
     shift = length_k - length_q
 
     row = tl.arange(0, BLOCK_M)
@@ -225,11 +227,11 @@ def attention_forward(
 
     last_query = tl.minimum(first_query + BLOCK_M, length_q) - 1
     start, full_start, full_stop, stop = key_span(
-        first_query, last_query, shift, length_k, window_left, window_right, BLOCK_N
+        first_query, last_query, shift, length_k, window_left, window_right, BLOCK_N, RAGGED
     )
     for part in tl.static_range(0, 3):
         # left edge of the window, interior, right edge: the same body, masked only at the edges
-        if part != 0 or window_left is not None:
+        if part == 1 or (window_left is not None if part == 0 else RAGGED):
             part_start = start if part == 0 else (full_start if part == 1 else full_stop)
             part_stop = full_start if part == 0 else (full_stop if part == 1 else stop)
             acc, row_max, row_sum = attend_keys(

@@ -36,7 +36,9 @@ def tile_offsets(row, column, row_stride, column_stride, WIDE: tl.constexpr):
 
 
 @triton.jit
-def key_span(first_query, last_query, shift, seqlen_k, window_left, window_right, BLOCK_N: tl.constexpr):
+def key_span(
+    first_query, last_query, shift, seqlen_k, window_left, window_right, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr
+):
     """Key range of a tile of queries, cut into [start, full_start) [full_start, full_stop) [full_stop, stop).
 
     Blocks of the middle part are visible to every query of the tile and need no mask; blocks outside are never visited.
@@ -55,9 +57,10 @@ def key_span(first_query, last_query, shift, seqlen_k, window_left, window_right
         full_start = tl.cdiv(tl.maximum(last_query + shift - window_left, 0), BLOCK_N) * BLOCK_N
         full_start = tl.minimum(full_start, tl.cdiv(stop, BLOCK_N) * BLOCK_N)
         full_start = tl.maximum(full_start, start + BLOCK_N)
-    full_stop = tl.minimum(full_stop, tl.maximum(stop - 1, 0)) // BLOCK_N * BLOCK_N
-    full_stop = tl.maximum(full_stop, full_start)
-    stop = tl.maximum(stop, full_stop + 1)
+    if RAGGED:
+        full_stop = tl.minimum(full_stop, tl.maximum(stop - 1, 0)) // BLOCK_N * BLOCK_N
+        full_stop = tl.maximum(full_stop, full_start)
+        stop = tl.maximum(stop, full_stop + 1)
     return start, full_start, full_stop, stop
 
 
