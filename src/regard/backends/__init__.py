@@ -1,9 +1,11 @@
 """Backends: each says what it cannot do (`unsupported_reasons`) and computes the rest."""
 
+from regard.backends.flash import FlashBackend
 from regard.backends.reference import ReferenceBackend
 from regard.registry import Registry
 
 
 def register_builtin_backends(registry: Registry) -> None:
     """Add the built-in backends in the order automatic selection tries them."""
+    registry.register(FlashBackend(), priority=30)
     registry.register(ReferenceBackend(), priority=0)
