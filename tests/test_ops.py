@@ -1,0 +1,146 @@
+"""torch's side of the calls: custom ops, fakes, compilation without a recompile per length."""
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import regard
+from regard import ops
+from regard.backends.reference import ReferenceBackend
+from regard.testing import CASES, make_inputs
+
+
+class Opaque(ReferenceBackend):
+    """The reference, hidden from tracers: a stand-in for a backend made of kernels."""
+
+    name = "opaque"
+    composed_of_torch_ops = False
+
+
+@pytest.fixture(autouse=True)
+def opaque():
+    regard.register(Opaque(), priority=-1)
+    yield
+    regard.unregister("opaque")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+OP_CASES = (
+    "odd_lengths strides_heads_outside strides_head_dim_outside strides_expanded layout_bhsd head_dim_v_larger mask_b11k "
+    "bias_1hqk kv_lens varlen paged_decode no_keys everything"
+).split()
+
+
+def op_arguments(name, requires_grad=False):
+    """The arguments that `regard.attention` hands to the custom op for a case."""
+    call = make_inputs(next(case for case in CASES if case.name == name))
+    if requires_grad:
+        call = call.with_leaves()
+    config = call.config()
+    tensors = dict(call.tensors)
+    if call.options.get("layout") == "bhsd":
+        tensors |= {name: tensors[name].transpose(1, 2).detach().requires_grad_(requires_grad) for name in "qkv"}
+    inputs = regard.AttentionInputs(**tensors, dropout_seed=call.dropout_seed(config))
+    return (*inputs, *ops._scalars(config), "opaque", True)
+
+
+@pytest.mark.parametrize("name", OP_CASES)
+def test_opcheck_of_the_forward(name):
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(ops.attention_fwd, op_arguments(name), test_utils=checks)
+
+
+@pytest.mark.parametrize("name", OP_CASES)
+def test_fake_has_the_shapes_strides_and_dtypes_of_the_real(name):
+    arguments = op_arguments(name)
+    real = ops.attention_fwd(*arguments)
+    with torch._subclasses.FakeTensorMode() as mode:
+        faked = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        fake = ops.attention_fwd(*faked)
+    for r, f in zip(real, fake, strict=True):
+        assert (f.shape, f.stride(), f.dtype, f.device) == (r.shape, r.stride(), r.dtype, r.device)
+
+
+# Sizes of the first call differ from one another: torch.compile takes equal ones for the same symbol.
+LENGTHS = [(3, 7, 9), (2, 16, 40), (3, 33, 33), (5, 12, 8)]
+PACKED_LENGTHS = [(3, 9, 5), (8, 2, 30), (5, 5, 5, 5)]
+
+
+def attend(q, k, v, **options):
+    return regard.attention(q, k, v, causal=True, softcap=5.0, **options) * 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "opaque"])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_compiles_whole_and_once_for_every_length(backend, layout):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def compiled(q, k, v, kv_lens):
+        return attend(q, k, v, kv_lens=kv_lens, layout=layout, backend=backend)
+
+    for batch, seqlen_q, seqlen_k in LENGTHS:
+        q, k, v = (torch.randn(batch, n, h, 16) for n, h in ((seqlen_q, 4), (seqlen_k, 2), (seqlen_k, 2)))
+        if layout == "bhsd":
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        kv_lens = torch.randint(1, seqlen_k, (batch,), dtype=torch.int32)
+        out = compiled(q, k, v, kv_lens)
+        expected = attend(q, k, v, kv_lens=kv_lens, layout=layout, backend=backend)
+        torch.testing.assert_close(out, expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["opaque"])
+def test_varlen_compiles_whole_and_once(backend):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def compiled(q, k, v, offsets, longest):
+        return regard.varlen_attention(q, k, v, offsets, offsets, longest, longest, backend=backend) * 2
+
+    for lengths in PACKED_LENGTHS:
+        offsets = torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32)
+        q, k, v = (torch.randn(sum(lengths), 2, 16) for _ in range(3))
+        expected = regard.varlen_attention(q, k, v, offsets, offsets, backend=backend) * 2
+        torch.testing.assert_close(compiled(q, k, v, offsets, max(lengths)), expected)
+    assert counter.frame_count == 1
+
+
+def test_automatic_dynamic_needs_two_graphs_at_most():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for seqlen in (5, 9, 17, 31, 64):
+        q, k, v = (torch.randn(2, seqlen, 2, 16) for _ in range(3))
+        torch.testing.assert_close(compiled(q, k, v, backend="opaque"), attend(q, k, v))
+    assert counter.frame_count <= 2
+
+
+def test_the_graph_keeps_the_backend_it_was_traced_with():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    q, k, v = (torch.randn(1, 4, 2, 16) for _ in range(3))
+    with regard.use_backend("opaque"):
+        compiled(q, k, v)
+    compiled(q, k, v)
+    (graph,) = graphs
+    (node,) = (node for node in graph.graph.nodes if node.target is torch.ops.regard.attention_fwd.default)
+    assert node.args[-2:] == ("opaque", True)
+
+
+def test_eager_calls_skip_the_dispatcher(monkeypatch):
+    monkeypatch.setattr(ops, "attention_fwd", None)
+    q, k, v = (torch.randn(1, 4, 2, 16) for _ in range(3))
+    assert regard.attention(q, k, v, backend="opaque").shape == (1, 4, 2, 16)
