@@ -34,8 +34,8 @@ def fresh_dynamo():
 
 
 OP_CASES = (
-    "odd_lengths strides_heads_outside strides_head_dim_outside strides_expanded layout_bhsd head_dim_v_larger mask_b11k "
-    "bias_1hqk kv_lens varlen paged_decode no_keys everything"
+    "odd_lengths strides_heads_outside strides_head_dim_outside strides_expanded layout_bhsd head_dim_v_larger "
+    "mask_b11k bias_1hqk kv_lens varlen paged_decode no_keys everything"
 ).split()
 
 

@@ -1,0 +1,104 @@
+"""Imports point down only: api -> config, registry, ops -> backends -> kernels; and importing regard stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import regard
+
+PACKAGE = Path(regard.__file__).parent
+
+# A module may import modules of lower levels, and those of its own level and folder.
+LEVELS = {"errors": 0, "config": 1, "kernels": 1, "registry": 2, "backends": 3, "ops": 4, "api": 5, "testing": 6}
+TOP = 7  # everything else: cli, integrations, worker, bench, export, distributed
+HEAVY = ("transformers", "triton", "typer", "rich", "pytest", "gguf", "huggingface_hub")
+
+
+def modules():
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imported(path):
+    """Absolute names of the modules a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "regard":  # from regard import ops: a module, or a name re-exported by the package
+                yield from (f"regard.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def part(module):
+    names = module.split(".")
+    return names[1] if len(names) > 1 else None
+
+
+def level(module):
+    """Of a regard module; a public name imported from the package itself counts as the api."""
+    name = part(module)
+    exists = (PACKAGE / f"{name}.py").exists() or (PACKAGE / str(name)).is_dir()
+    return LEVELS.get(name, TOP) if exists else LEVELS["api"]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    own = ".".join(["regard", *path.relative_to(PACKAGE).with_suffix("").parts])
+    for module in imported(path):
+        if module.split(".")[0] != "regard":
+            continue
+        if part(module) == part(own):
+            continue
+        assert level(module) < level(own) or TOP == level(module) == level(own), f"{own} imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").rglob("*.py")), ids=lambda path: path.name)
+def test_kernels_never_import_torch(path):
+    roots = {module.split(".")[0] for module in imported(path)}
+    assert "torch" not in roots and "transformers" not in roots
+    assert all(part(module) == "kernels" for module in imported(path) if module.startswith("regard"))
+
+
+def test_third_party_imports_are_declared():
+    """transformers, typer and gguf belong to extras: only their own folders import them."""
+    owners = {"transformers": {"integrations", "worker", "bench"}, "typer": {"cli", "worker"}, "gguf": {"worker"}}
+    for path in modules():
+        for module in imported(path):
+            allowed = owners.get(module.split(".")[0])
+            assert allowed is None or path.relative_to(PACKAGE).parts[0].removesuffix(".py") in allowed, (
+                f"{path} imports {module}"
+            )
+
+
+def in_fresh_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_importing_and_calling_regard_loads_nothing_heavy_of_its_own():
+    code = f"""
+import sys, torch._dynamo  # which the decorators of the public calls need, and which itself tries to import triton
+before = set(sys.modules)
+import regard
+q = torch.randn(1, 4, 2, 8)
+regard.attention(q, q, q, causal=True, backend="reference")
+print(*(name for name in {HEAVY!r} if name in sys.modules and name not in before))
+"""
+    assert in_fresh_python(code) == []
+
+
+def test_the_kit_needs_no_pytest():
+    code = "import sys, regard.testing; print(*(name for name in ('pytest', 'hypothesis') if name in sys.modules))"
+    assert in_fresh_python(code) == []
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in (
+        "attention varlen_attention paged_attention merge explain register unregister set_default use_backend "
+        "list_backends record_selections can_use_flash_attention AttentionConfig AttentionBackend Reason"
+    ).split():
+        assert getattr(regard, name).__doc__, name
