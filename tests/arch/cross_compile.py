@@ -1,7 +1,8 @@
 """Compile a kernel launch for a GPU that is not there and read what it costs: registers, shared memory, spills.
 
 Works from the launcher's own arguments on meta tensors, specialised as Triton's JIT would (None, 1 and constexprs
-compiled in, divisibility by 16 noted), so that what is checked is what ships.
+compiled in, divisibility by 16 noted), so that what is checked is what ships. What differs between Triton versions or
+vendors is dealt with here and nowhere else.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ TYPE_NAMES = {
     torch.uint8: "u8",
 }  # fmt: skip
 
+_MATRIX_INSTRUCTION = re.compile(r"\b(?:v_(wmma|mfma)|(wgmma)\.mma_async|(tcgen05)\.mma|(mma)\.sync)")
+
 
 class Footprint(NamedTuple):
     """What one compiled kernel asks of the hardware.
 
-    registers: per thread (VGPRs on AMD). shared: bytes of LDS or shared memory. spills: bytes of local memory a thread
-    on NVIDIA, spilled VGPRs on AMD. matrix: the matrix instruction found, or "".
+    registers: a thread (VGPRs on AMD, accumulation VGPRs included). shared: bytes of LDS or shared memory a workgroup.
+    spills: bytes of memory a thread (scratch on AMD, local memory on NVIDIA). matrix: the kinds of matrix instruction
+    found, or "".
     """
 
     registers: int
@@ -58,7 +62,7 @@ def compile_launch(kernel: Any, arguments: Mapping[str, Any], options: Mapping[s
             return "constexpr"
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
-            if arch.startswith("gfx"):
+            if arch.startswith("gfx"):  # as the JIT does for tensors below 2 GiB: selects buffer loads
                 attributes[path].append(["tt.pointer_range", 32])
             return "*" + TYPE_NAMES[value.dtype]
         if isinstance(value, float):
@@ -74,23 +78,33 @@ def compile_launch(kernel: Any, arguments: Mapping[str, Any], options: Mapping[s
 
 
 def footprint(compiled: Any, arch: str) -> Footprint:
-    """Read a compiled kernel's resource use and its matrix instruction from the artefacts."""
+    """Read a compiled kernel's resource use and its matrix instructions from the artefacts."""
+    # AMD's .group_segment_fixed_size reads 0 for Triton kernels; the metadata holds the LDS on both vendors.
     shared = compiled.metadata.shared
     if arch.startswith("gfx"):
         text = compiled.asm["amdgcn"]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
-        spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1))
-        matrix = re.search(r"\bv_(wmma|mfma)\w*", text)
-        return Footprint(registers, shared, spills, matrix.group(1) if matrix else "")
-    ptx = compiled.asm["ptx"]
-    matrix = re.search(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", ptx)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    spills = int(re.search(r"LOCAL:(\d+)", usage).group(1)) + int(re.search(r"STACK:(\d+)", usage).group(1))
-    return Footprint(registers, shared, spills, matrix.group(1) if matrix else "")
+        registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        spills = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    else:
+        text = compiled.asm["ptx"]
+        usage = _cubin_usage(compiled.asm["cubin"])
+        registers = _number(r"REG:(\d+)", usage)
+        spills = _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage)
+    kinds = {kind for found in _MATRIX_INSTRUCTION.findall(text) for kind in found if kind}
+    return Footprint(registers, shared, spills, "+".join(sorted(kinds)))
+
+
+def _cubin_usage(cubin: bytes) -> str:
+    """`cuobjdump -res-usage` of a cubin, with the tool that Triton's wheel brings."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's output has no {pattern}")
+    return int(found.group(1))

@@ -1,0 +1,311 @@
+"""The compile gate: what every entry of the tile tables costs on its architecture, against what was recorded.
+
+    python tests/arch/footprints.py            compile everything and compare with the record of the installed Triton
+    python tests/arch/footprints.py --write    and record what was seen
+    python tests/arch/footprints.py --arch gfx1100 --match d256    some of it
+
+Needs no GPU and no driver. `test_footprints.py` runs the same comparison one case a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from regard import AttentionConfig, AttentionInputs
+from regard.backends import flash
+from regard.kernels import tuning
+
+RECORDS = Path(__file__).parent / "recorded"
+
+KIB = 1024
+SHARED_LIMIT = {
+    "sm80": 163 * KIB, "sm89": 99 * KIB, "sm90": 227 * KIB, "sm100": 227 * KIB, "sm120": 99 * KIB,
+    "gfx90a": 64 * KIB, "gfx942": 64 * KIB, "gfx950": 160 * KIB, "gfx1100": 64 * KIB, "gfx1201": 64 * KIB,
+}  # fmt: skip
+"""Bytes of shared memory (LDS) a workgroup may have: CUDA C++ Programming Guide, technical specifications per compute
+capability; AMD's ISA guides."""
+
+MATRIX_INSTRUCTIONS = {
+    "sm80": {"mma"}, "sm89": {"mma"}, "sm90": {"wgmma"}, "sm100": {"tcgen05", "mma"}, "sm120": {"mma"},
+    "gfx90a": {"mfma"}, "gfx942": {"mfma"}, "gfx950": {"mfma"}, "gfx1100": {"wmma"}, "gfx1201": {"wmma"},
+}  # fmt: skip
+"""Kinds of matrix instruction of which a kernel on 16-bit inputs must use one."""
+
+
+class Kernel(NamedTuple):
+    """A kernel under the gate: its tile table, and its launch (kernel, arguments, options) for a call."""
+
+    table: Mapping[tuple[str, int, int], tuple[tuning.Rule, ...]]
+    launch: Callable[[AttentionConfig, AttentionInputs], tuple[Any, Mapping[str, Any], Mapping[str, int]]]
+
+
+def _forward(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
+    from regard.kernels.forward import attention_forward
+
+    out = inputs.q.new_empty((*inputs.q.shape[:-1], config.head_dim_v))
+    lse = inputs.q.new_empty(config.total_q or config.batch, config.heads_q, config.seqlen_q, dtype=torch.float32)
+    if config.varlen:
+        lse = inputs.q.new_empty(config.heads_q, config.total_q, dtype=torch.float32)
+    _, arguments, options = flash.forward_launch(config, inputs, out, lse)
+    return attention_forward, arguments, options
+
+
+KERNELS = {"forward": Kernel(tuning.FORWARD, _forward)}
+
+
+# --- Cases: every tile of a table, plain and causal; every feature once; the awkward head dims; everything at once.
+
+_BATCH, _HEADS, _SEQLEN = 2, 8, 512
+_ODD = 509
+"""A length that is no multiple of 16, so that Triton cannot assume one."""
+_SQUARE = (_BATCH, _HEADS, _ODD, _ODD)
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "window": dict(window=(128, 64)),
+    "mask": dict(mask_shape=_SQUARE, seqlen_q=_ODD, seqlen_k=_ODD),
+    "bias": dict(bias_shape=_SQUARE, bias_dtype=torch.bfloat16, seqlen_q=_ODD, seqlen_k=_ODD),
+    "softcap": dict(softcap=30.0, causal=True),
+    "alibi-sinks": dict(alibi=True, sinks=True, causal=True),
+    "dropout": dict(dropout_p=0.1, causal=True),
+    "varlen-gqa": dict(varlen=True, total_q=_ODD, total_k=_ODD, heads_kv=2, causal=True),
+    "paged-gqa": dict(kv_lens=True, page_size=16, heads_kv=2, causal=True),
+}
+EVERYTHING: dict[str, Any] = dict(
+    mask_shape=_SQUARE, bias_shape=_SQUARE, bias_dtype=torch.bfloat16, seqlen_q=_ODD, seqlen_k=_ODD, window=(128, 64),
+    softcap=30.0, alibi=True, sinks=True, dropout_p=0.1, kv_lens=True, heads_kv=2,
+)  # fmt: skip
+HEAD_DIMS: dict[str, dict[str, Any]] = {
+    "d40": dict(head_dim=40, causal=True),
+    "d80": dict(head_dim=80, causal=True),
+    "d96": dict(head_dim=96),
+    "d192-dv128": dict(head_dim=192, head_dim_v=128, causal=True),
+}
+
+
+def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
+    """The covering set of calls for one architecture, by name."""
+    made: dict[str, AttentionConfig] = {}
+
+    def add(name: str, dtype: torch.dtype, **options: Any) -> None:
+        sizes = dict(batch=_BATCH, seqlen_q=_SEQLEN, seqlen_k=_SEQLEN, heads_q=_HEADS, heads_kv=_HEADS)
+        label = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        made[f"{kernel} {name} {label}"] = AttentionConfig(
+            **{**sizes, "dtype": dtype, "device": "cuda", "arch": arch, **options}  # type: ignore[arg-type]
+        )
+
+    for (entry_arch, itemsize, head_dim), rules in KERNELS[kernel].table.items():
+        if entry_arch != arch:
+            continue
+        lengths = sorted({_SEQLEN, *(rule.min_seqlen_k for rule in rules if rule.min_seqlen_k)})
+        for length in lengths:
+            sizes = dict(head_dim=head_dim, seqlen_q=length, seqlen_k=length)
+            suffix = "" if length == _SEQLEN else f" k{length}"
+            if itemsize == 2:
+                add(f"d{head_dim} plain{suffix}", torch.bfloat16, **sizes)
+                add(f"d{head_dim} causal{suffix}", torch.bfloat16, causal=True, **sizes)
+                add(f"d{head_dim} causal{suffix}", torch.float16, causal=True, **sizes)
+            else:
+                add(f"d{head_dim} causal{suffix}", torch.float32, causal=True, **sizes)
+        add(f"d{head_dim} everything", torch.bfloat16 if itemsize == 2 else torch.float32, head_dim=head_dim, **EVERYTHING)
+    for name, options in FEATURES.items():
+        add(f"d128 {name}", torch.bfloat16, head_dim=128, **options)
+    for name, options in HEAD_DIMS.items():
+        add(name, torch.bfloat16, **options)
+    return made
+
+
+def meta_inputs(config: AttentionConfig) -> AttentionInputs:
+    """Tensors without storage for a call that a config describes."""
+
+    def tensor(*shape: int | None, dtype: torch.dtype = config.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")  # type: ignore[arg-type]
+
+    batch, heads_q, heads_kv = config.batch, config.heads_q, config.heads_kv
+    if config.varlen:
+        rows_q, rows_k = (config.total_q,), (config.total_k,)
+    else:
+        rows_q, rows_k = (batch, config.seqlen_q), (batch, config.seqlen_k)
+    block_table = None
+    if config.page_size is not None:
+        pages = config.seqlen_k // config.page_size
+        rows_k = (batch * pages, config.page_size)
+        block_table = tensor(batch, pages, dtype=torch.int32)
+    offsets = tensor(batch + 1, dtype=torch.int32) if config.varlen else None
+    return AttentionInputs(
+        q=tensor(*rows_q, heads_q, config.head_dim),
+        k=tensor(*rows_k, heads_kv, config.head_dim),
+        v=tensor(*rows_k, heads_kv, config.head_dim_v),
+        mask=None if config.mask_shape is None else tensor(*config.mask_shape, dtype=torch.bool),
+        bias=None if config.bias_shape is None else tensor(*config.bias_shape, dtype=config.bias_dtype or config.dtype),
+        alibi_slopes=tensor(heads_q, dtype=torch.float32) if config.alibi else None,
+        sinks=tensor(heads_q, dtype=torch.float32) if config.sinks else None,
+        cu_seqlens_q=offsets,
+        cu_seqlens_k=offsets,
+        kv_lens=tensor(batch, dtype=torch.int32) if config.kv_lens else None,
+        block_table=block_table,
+        dropout_seed=tensor(1, dtype=torch.int64) if config.dropout_p > 0 else None,
+    )
+
+
+# --- Measuring
+
+
+def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
+    """Compile one case and return its record: the tile it runs with and its `Footprint`."""
+    from cross_compile import compile_launch, footprint
+
+    kernel, arguments, options = KERNELS[name.split()[0]].launch(config, meta_inputs(config))
+    arch = tuning.table_architecture(config.arch)
+    assert arch is not None
+    tile = f"{arguments['BLOCK_M']}x{arguments['BLOCK_N']} w{options['num_warps']} s{options['num_stages']}"
+    return {"tile": tile, **footprint(compile_launch(kernel, arguments, options, arch), arch)._asdict()}
+
+
+@contextlib.contextmanager
+def compiling_processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Fresh processes to call `measure` in: they compile where this one may interpret, and a compiler that aborts takes
+    only itself down."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "0"
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start) as pool:
+        try:
+            for ready in [pool.submit(os.getpid) for _ in range(count)]:
+                ready.result()
+        finally:
+            os.environ.pop("TRITON_INTERPRET")
+            if before is not None:
+                os.environ["TRITON_INTERPRET"] = before
+        yield pool
+
+
+def _start() -> None:
+    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")  # Triton 3.9, once a process
+    torch.set_num_threads(1)
+
+
+# --- Judging
+
+
+def faults(config: AttentionConfig, seen: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> list[str]:
+    """What is wrong with a measured case, a sentence each: limits of the hardware, then figures that got worse."""
+    found = []
+    arch = tuning.table_architecture(config.arch) or config.arch
+    limit = SHARED_LIMIT[arch]
+    if seen["shared"] > limit:
+        found.append(f"shared memory is {seen['shared']} bytes; {arch} has {limit} for a workgroup")
+    kinds = MATRIX_INSTRUCTIONS[arch]
+    if config.dtype.itemsize == 2 and not kinds & set(seen["matrix"].split("+")):
+        found.append(f"no matrix instruction: found {seen['matrix'] or 'none'}, expected {' or '.join(sorted(kinds))}")
+    if config.dtype == torch.float32 and arch.startswith("sm") and seen["matrix"]:
+        found.append(f"float32 products use {seen['matrix']}, which rounds them to tf32 unasked")
+    if recorded is None:
+        return [*found, f"no record of this case (seen: {describe(seen)}); record it with footprints.py --write"]
+    for figure, unit in (("spills", "bytes a thread"), ("shared", "bytes")):
+        if seen[figure] > recorded[figure]:
+            found.append(
+                f"{figure} rose from {recorded[figure]} to {seen[figure]} {unit} "
+                f"(recorded: {describe(recorded)}; seen: {describe(seen)})"
+            )
+    if not set(recorded["matrix"].split("+")) <= set(seen["matrix"].split("+")) and recorded["matrix"]:
+        found.append(f"matrix instructions went from {recorded['matrix']} to {seen['matrix'] or 'none'}")
+    return found
+
+
+def improvements(seen: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
+    """Figures better than recorded, a sentence each."""
+    return [
+        f"{figure} fell from {recorded[figure]} to {seen[figure]}"
+        for figure in ("spills", "shared")
+        if seen[figure] < recorded[figure]
+    ]
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """A record in one line."""
+    return (
+        f"{record['tile']}, {record['registers']} registers, {record['shared']} B shared, {record['spills']} B spilled, "
+        f"{record['matrix'] or 'no matrix instruction'}"
+    )
+
+
+# --- Records
+
+
+def record_path() -> Path:
+    return RECORDS / "triton-{}.{}.json".format(*flash.triton_version())
+
+
+def read_records() -> dict[str, dict[str, Any]] | None:
+    """Recorded figures by architecture and case for the installed Triton, or None where that version has none."""
+    path = record_path()
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_records(records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write one case a line, so that an upgrade shows as a diff."""
+    blocks = []
+    for arch, by_case in records.items():
+        lines = ",\n".join(f"    {json.dumps(case)}: {json.dumps(record)}" for case, record in by_case.items())
+        blocks.append(f'  "{arch}": {{\n{lines}\n  }}')
+    RECORDS.mkdir(exist_ok=True)
+    record_path().write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="record what was seen for the installed Triton version")
+    parser.add_argument("--arch", action="append", choices=tuning.ARCHITECTURES, help="only this architecture")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiling processes (default: %(default)s)")
+    arguments = parser.parse_args()
+
+    previous = read_records() or {}
+    records: dict[str, dict[str, Any]] = {}
+    wrong = 0
+    with compiling_processes(arguments.jobs) as pool:
+        running = {}
+        for arch in tuning.ARCHITECTURES:
+            selected = arguments.arch is None or arch in arguments.arch
+            records[arch] = {}
+            for kernel in KERNELS:
+                for case, config in cases(kernel, arch).items():
+                    if selected and arguments.match in case:
+                        running[arch, case] = config, pool.submit(measure, case, config)
+                    elif case in previous.get(arch, {}):
+                        records[arch][case] = previous[arch][case]
+        for (arch, case), (config, future) in running.items():
+            recorded = previous.get(arch, {}).get(case)
+            try:
+                seen = future.result()
+            except Exception as error:
+                print(f"FAIL {arch} {case}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+                wrong += 1
+                continue
+            records[arch][case] = seen
+            found = faults(config, seen, seen if arguments.write else recorded)
+            wrong += bool(found)
+            print(f"{'FAIL' if found else 'ok  '} {arch} {case}: {describe(seen)}", flush=True)
+            changes = improvements(seen, recorded) + faults(config, seen, recorded) if recorded else found
+            for sentence in dict.fromkeys([*found, *changes]):
+                print(f"       {sentence}", flush=True)
+    if arguments.write:
+        order = {arch: [c for kernel in KERNELS for c in cases(kernel, arch)] for arch in records}
+        write_records({arch: {c: found[c] for c in order[arch] if c in found} for arch, found in records.items()})
+        print(f"wrote {record_path()}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The tile table is complete, reachable and well-formed."""
+
+import itertools
+
+import pytest
+
+from regard.kernels import tuning
+
+TRITON_VERSIONS = [(3, minor) for minor in range(6, 10)]
+ENTRIES = list(itertools.product(tuning.ARCHITECTURES, (2, 4), tuning.HEAD_DIMS))
+RULES = [(entry, rule) for entry, rules in tuning.FORWARD.items() for rule in rules]
+
+
+def power_of_two(value):
+    return value & (value - 1) == 0
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_every_call_has_a_tile(entry):
+    for causal, seqlen_k, version in itertools.product((False, True), (0, 1, 512, 2**20), [*TRITON_VERSIONS, (4, 0)]):
+        assert isinstance(tuning.forward_tile(*entry, causal, seqlen_k, version), tuning.Tile)
+
+
+def test_the_table_has_no_entry_that_nothing_asks_for():
+    assert set(tuning.FORWARD) == set(ENTRIES)
+
+
+@pytest.mark.parametrize(("entry", "rule"), RULES, ids=str)
+def test_every_rule_is_the_first_that_applies_somewhere(entry, rule):
+    rules = tuning.FORWARD[entry]
+    calls = itertools.product((False, True), {512, rule.min_seqlen_k}, TRITON_VERSIONS)
+    assert any(next(r for r in rules if r.applies(*call)) is rule for call in calls)
+
+
+@pytest.mark.parametrize(("entry", "rule"), RULES, ids=str)
+def test_tiles_are_what_a_kernel_can_be_launched_with(entry, rule):
+    tile = rule.tile
+    assert all(map(power_of_two, (tile.block_m, tile.block_n, tile.num_warps)))
+    assert tile.block_m >= 16 and tile.block_n >= 16, "a matrix instruction's smallest extent"
+    assert tile.block_m <= 256 and tile.block_n <= 256, "the launcher's bound on 32-bit offsets inside a tile"
+    assert 1 <= tile.num_warps <= 16
+    assert 0 <= tile.num_stages <= 5
+
+
+@pytest.mark.parametrize(
+    ("arch", "served_by"),
+    [
+        *[(arch, arch) for arch in tuning.ARCHITECTURES],
+        ("sm86", "sm89"),
+        ("sm121", "sm120"),
+        ("gfx1101", "gfx1100"),
+        ("gfx1200", "gfx1201"),
+    ],
+)
+def test_architectures_and_aliases_resolve(arch, served_by):
+    assert tuning.table_architecture(arch) == served_by
+
+
+@pytest.mark.parametrize("arch", ["cpu", "sm70", "sm75", "gfx908", "gfx1030", "gfx9", ""])
+def test_unknown_architecture_has_no_entry(arch):
+    assert tuning.table_architecture(arch) is None
+
+
+def test_a_head_dim_is_served_by_the_next_larger_entry():
+    assert [tuning.table_head_dim(d) for d in (1, 64, 65, 80, 128, 129, 256)] == [64, 64, 128, 128, 128, 256, 256]
+
+
+def test_padded_head_dims_are_powers_of_two_a_matrix_instruction_takes():
+    padded = {d: tuning.padded_head_dim(d) for d in range(1, 257)}
+    assert all(power_of_two(p) and p >= max(d, 16) and (p < 2 * d or p == 16) for d, p in padded.items())
