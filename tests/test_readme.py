@@ -1,0 +1,58 @@
+"""Every python block of the README runs as it stands, and every command it names exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+TEXT = README.read_text() if README.exists() else ""
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    line.removeprefix("$ ").split("#")[0].strip()
+    for language, code in BLOCKS
+    if language in ("sh", "bash", "console", "shell")
+    for line in code.splitlines()
+    if line.strip()
+]
+
+pytestmark = pytest.mark.skipif(not TEXT, reason="there is no README.md yet")
+
+
+def test_there_is_an_example():
+    assert PYTHON, "README.md has no python block"
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_block_runs(number):
+    """Blocks run in order in one interpreter, as a reader would type them."""
+    code = "\n".join(PYTHON[: number + 1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[:1] == ["make"]])
+def test_make_target_exists(command):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert set(command.split()[1:]) <= set(targets)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"(python3? -m )?regard\b", c)])
+def test_regard_command_exists(command):
+    words = command.split()
+    words = words[words.index("regard") :] if "regard" in words else words[2:]
+    module, subcommand = ("regard.cli", words[1:2]) if words[0] == "regard" else (words[0], [])
+    done = subprocess.run([sys.executable, "-m", module, *subcommand, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    known = done.stdout
+    for option in re.findall(r"\s(--[\w-]+)", command):
+        assert option in known, f"{option} is not an option of {words[0]} {' '.join(subcommand)}"
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!https?://|#)([^)#]+)", TEXT))))
+def test_linked_file_exists(path):
+    assert (ROOT / path).exists()
