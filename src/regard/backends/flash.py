@@ -39,7 +39,7 @@ class FlashBackend:
             known = ", ".join(tuning.ARCHITECTURES)
             reasons.append(Reason("arch", config.arch, f"one of {known}"))
         if config.dtype == torch.float64:
-            reasons.append(Reason("dtype", "float64", "float16, bfloat16 or float32", "reference computes in float64"))
+            reasons.append(Reason("dtype_float64", "float64", "float16, bfloat16 or float32", "reference computes in float64"))
         head_dim = max(config.head_dim, config.head_dim_v or 0)
         if head_dim > MAX_HEAD_DIM:
             reasons.append(Reason("head_dim", str(head_dim), f"at most {MAX_HEAD_DIM}"))
