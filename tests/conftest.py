@@ -54,11 +54,6 @@ else:
         teach_interpreter_bfloat16()
 
 
-def pytest_configure(config):
-    # numpy about code of Triton's interpreter, a thousand times a run
-    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning:triton")
-
-
 @pytest.fixture
 def registry():
     """An empty registry of the test's own; calls go through the package's."""

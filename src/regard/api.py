@@ -14,7 +14,7 @@ from regard.errors import ConfigError
 from regard.registry import Explanation, registry
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def attention(
     q: Tensor,
     k: Tensor,
@@ -90,7 +90,7 @@ def attention(
     return _result(out, lse, return_lse)
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -142,7 +142,7 @@ def varlen_attention(
     return _result(out, lse, return_lse)
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -22,6 +22,10 @@ LAYOUTS = ("bshd", "bhsd")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+DIFFERENTIABLE_INPUTS = ("q", "k", "v", "bias", "sinks")
+"""The fields of `AttentionInputs` that get a gradient."""
+
+
 class KvCacheLayout(enum.Enum):
     """How keys and values lie in memory."""
 
@@ -90,11 +94,11 @@ class AttentionConfig:
     heads_q: int
     heads_kv: int
     head_dim: int
-    head_dim_v: int | None = None
+    head_dim_v: int = None  # type: ignore[assignment]  # head_dim, once constructed
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
     arch: str = "cpu"
-    softmax_scale: float | None = None
+    softmax_scale: float = None  # type: ignore[assignment]  # head_dim ** -0.5, once constructed
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     softcap: float = 0.0
@@ -167,20 +171,21 @@ class AttentionConfig:
             raise ConfigError("layout", repr(layout), f"one of {', '.join(map(repr, LAYOUTS))}")
         _check_qkv(q, k, v, rank_q=3 if varlen else 4, rank_k=3 if varlen else 4)
         strides = [t.stride() for t in (q, k, v)]
+        total_q: int | None = None
+        total_k: int | None = None
+        page_size: int | None = None
         if varlen:
             batch, total_q, total_k, max_seqlen_q, max_seqlen_k = _describe_packed(
                 q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
             )
-            seqlen_q, seqlen_k, page_size = max_seqlen_q, max_seqlen_k, None
+            seqlen_q, seqlen_k = max_seqlen_q, max_seqlen_k
             heads_q, heads_kv = q.shape[1], k.shape[1]
         else:
-            total_q = total_k = None
             seq, head = (1, 2) if layout == "bshd" else (2, 1)
             if layout == "bhsd":
                 strides = [(s[0], s[2], s[1], s[3]) for s in strides]
             batch, seqlen_q, heads_q = q.shape[0], q.shape[seq], q.shape[head]
             seqlen_k, heads_kv = k.shape[seq], k.shape[head]
-            page_size = None
             if paged:
                 page_size = seqlen_k
                 seqlen_k = _describe_paged(k, block_table, kv_lens, batch, page_size)
@@ -195,7 +200,7 @@ class AttentionConfig:
             _check_index_vector("kv_lens", kv_lens, batch, device)
             if varlen:
                 raise ConfigError("kv_lens", "a tensor together with cu_seqlens", "one of the two")
-            _check_values("kv_lens", kv_lens, lambda values: _check_kv_lens(values, seqlen_k))
+            _check_values(kv_lens, lambda values: _check_kv_lens(values, seqlen_k))
         if varlen and (mask is not None or bias is not None):
             name = "mask" if mask is not None else "bias"
             raise ConfigError(name, "a tensor together with cu_seqlens", "padded (B, S, H, D) inputs with kv_lens")
@@ -210,7 +215,7 @@ class AttentionConfig:
             dtype=q.dtype,
             device=device.type,
             arch=architecture(device),
-            softmax_scale=softmax_scale,
+            softmax_scale=softmax_scale,  # type: ignore[arg-type]  # None is the default
             causal=causal,
             window=tuple(window) if isinstance(window, list) else window,
             softcap=softcap,
@@ -238,7 +243,7 @@ class AttentionConfig:
 
     @property
     def band(self) -> tuple[int | None, int | None]:
-        """causal and window as one band: key j is visible to query i iff ``-left <= j - (i + Sk - Sq) <= right``."""
+        """Causal and window as one band: key j is visible to query i iff ``-left <= j - (i + Sk - Sq) <= right``."""
         left, right = self.window or (None, None)
         if self.causal:
             right = 0 if right is None else min(right, 0)
@@ -278,7 +283,6 @@ class AttentionConfig:
 
         For packed and padded batches this takes every sequence at full length: an upper bound.
         """
-        assert self.head_dim_v is not None
         pairs = self.batch * self.heads_q * self.visible_pairs()
         if backward:
             return 2 * pairs * (3 * self.head_dim + 2 * self.head_dim_v)
@@ -286,7 +290,6 @@ class AttentionConfig:
 
     def bytes(self) -> int:
         """Fewest bytes of device memory the forward must move: each input read once, each output written once."""
-        assert self.head_dim_v is not None
         rows = self.total_q if self.total_q is not None else self.batch * self.seqlen_q
         keys = self.total_k if self.total_k is not None else self.batch * self.seqlen_k
         query_side = rows * self.heads_q * (self.head_dim + self.head_dim_v)
@@ -330,7 +333,7 @@ class AttentionConfig:
 CONFIG_FIELDS = tuple(field.name for field in fields(AttentionConfig))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _architecture(kind: str, index: int | None) -> str:
     if kind != "cuda":
         return kind
@@ -410,7 +413,7 @@ def _readable(tensor: Tensor) -> bool:
 def _host_list(tensor: Tensor) -> list[int] | None:
     if not _readable(tensor):
         return None
-    seen = _host_values.get(tensor)
+    seen = _host_values.get(tensor)  # type: ignore[no-untyped-call]
     if seen is not None and seen[0] == tensor._version:
         return list(seen[1])
     values: list[int] = tensor.tolist()
@@ -419,7 +422,8 @@ def _host_list(tensor: Tensor) -> list[int] | None:
     return values
 
 
-def _check_values(name: str, tensor: Tensor, check: Any) -> None:
+def _check_values(tensor: Tensor, check: Any) -> None:
+    """Run a check on the values of a CPU tensor; a GPU is not synchronised for it."""
     if tensor.device.type == "cpu":
         values = _host_list(tensor)
         if values is not None:

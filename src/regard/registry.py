@@ -46,7 +46,8 @@ class AttentionBackend(Protocol):
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
         """Return out (B, Sq, Hq, Dv) in the inputs' dtype and lse (B, Hq, Sq) fp32 (packed: out (total_q, Hq, Dv), lse
-        (Hq, total_q)). lse may be None unless ``config.return_lse`` or ``config.requires_grad``."""
+        (Hq, total_q)). lse may be None unless ``config.return_lse`` or ``config.requires_grad``.
+        """
 
     def backward(
         self,
@@ -141,7 +142,9 @@ class Registry:
             raise ConfigError("backend.name", repr(name), "a non-empty string other than 'auto'")
         with self._lock:
             if name in self._backends:
-                raise ConfigError("backend.name", repr(name), "a name not yet registered (unregister the old one first)")
+                raise ConfigError(
+                    "backend.name", repr(name), "a name not yet registered (unregister the old one first)"
+                )
             self._backends[name] = backend
             self._priority[name] = priority
 
@@ -177,7 +180,7 @@ class Registry:
 
     @contextlib.contextmanager
     def use_backend(self, name: str) -> Iterator[None]:
-        """Use this backend inside the ``with`` block, in this thread and task only. ``"auto"`` lifts an outer choice."""
+        """Use this backend inside the ``with`` block, in this thread and task only; ``"auto"`` lifts an outer one."""
         if name != "auto":
             self.get(name)
         token = self._scoped.set(name)
@@ -254,7 +257,9 @@ class Registry:
 
     def quarantine(self, name: str, config: AttentionConfig, error: BaseException) -> None:
         """Stop offering a backend for this class of calls after its kernel failed, and warn once."""
-        message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        message = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        )
         with self._lock:
             self._quarantined[name, _kernel_class(config)] = message
         warnings.warn(
@@ -325,7 +330,7 @@ def _kernel_class(config: AttentionConfig) -> tuple[Any, ...]:
         config.arch,
         config.dtype,
         int(config.head_dim),  # a symbol while torch.compile traces: kernels are compiled per head dim anyway
-        int(config.head_dim_v or config.head_dim),
+        int(config.head_dim_v),
         tuple(feature.split("=")[0] for feature in config.features()),
     )
 
@@ -341,4 +346,3 @@ def can_use_flash_attention(config: AttentionConfig) -> bool:
 def backend_is_composed_of_torch_ops(backend: AttentionBackend) -> bool:
     """Whether autograd and torch.compile can see through the backend's forward, so that it needs no custom op."""
     return bool(getattr(backend, "composed_of_torch_ops", False))
-

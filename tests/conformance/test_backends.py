@@ -38,4 +38,9 @@ def test_backward(backend, case, dtype, record_property):
 
 @pytest.mark.parametrize("backend, case, dtype", parameters(REPEATED_CASES))
 def test_repeatable(backend, case, dtype, record_property):
-    passed_or_refused(check_repeatable(backend, case, DEVICE, dtype), record_property)
+    passed_or_refused(check_repeatable(backend, case, DEVICE, dtype, runs=2), record_property)
+
+
+@pytest.mark.parametrize("backend, case, dtype", parameters(REPEATED_CASES))
+def test_deterministic_backward(backend, case, dtype, record_property):
+    passed_or_refused(check_backward(backend, case, DEVICE, dtype, deterministic=True), record_property)

@@ -5,6 +5,7 @@ On a CPU it serves only where Triton's interpreter is active (TRITON_INTERPRET=1
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,16 @@ from torch import Tensor
 
 from regard.backends.reference import dropout_threshold
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
-from regard.errors import Reason
+from regard.errors import Reason, UnsupportedError
 from regard.kernels import tuning
 from regard.registry import Gradients
 
 MAX_HEAD_DIM = 256
 _INTERPRETER_ARCH = "sm80"
 _LARGEST_TILE = 256  # rows or columns; a larger stride than 2**31 / this needs 64-bit offsets inside a tile
+
+
+_NO_BACKWARD = Reason("backward", "a gradient", "a forward-only call", "its kernels have no backward")
 
 
 class FlashBackend:
@@ -32,19 +36,23 @@ class FlashBackend:
     def unsupported_reasons(self, config: AttentionConfig) -> Sequence[Reason]:
         reasons = []
         if importlib.util.find_spec("triton") is None:
-            reasons.append(Reason("not_installed", "no triton", "triton >= 3.6", "CUDA and ROCm builds of torch bring it"))
+            reasons.append(
+                Reason("not_installed", "no triton", "triton >= 3.6", "CUDA and ROCm builds of torch bring it")
+            )
         elif config.device != "cuda" and not (config.device == "cpu" and _interpreting()):
             reasons.append(Reason("device", config.device, "cuda (NVIDIA or ROCm)"))
         elif config.device == "cuda" and tuning.table_architecture(config.arch) is None:
             known = ", ".join(tuning.ARCHITECTURES)
             reasons.append(Reason("arch", config.arch, f"one of {known}"))
         if config.dtype == torch.float64:
-            reasons.append(Reason("dtype_float64", "float64", "float16, bfloat16 or float32", "reference computes in float64"))
-        head_dim = max(config.head_dim, config.head_dim_v or 0)
+            reasons.append(
+                Reason("dtype_float64", "float64", "float16, bfloat16 or float32", "reference computes in float64")
+            )
+        head_dim = max(config.head_dim, config.head_dim_v)
         if head_dim > MAX_HEAD_DIM:
             reasons.append(Reason("head_dim", str(head_dim), f"at most {MAX_HEAD_DIM}"))
         if config.requires_grad:
-            reasons.append(Reason("backward", "a gradient", "a forward-only call", "flash has no backward yet"))
+            reasons.append(_NO_BACKWARD)
         return reasons
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
@@ -58,7 +66,7 @@ class FlashBackend:
         lse_shape = (q.shape[1], q.shape[0]) if config.varlen else (q.shape[0], q.shape[2], q.shape[1])
         lse = q.new_empty(lse_shape, dtype=torch.float32)
         programs, arguments, options = forward_launch(config, inputs, out, lse)
-        with torch.cuda.device_of(q):
+        with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
             attention_forward[(programs,)](**arguments, **options)
         return out, lse
 
@@ -71,7 +79,7 @@ class FlashBackend:
         grad_out: Tensor,
         grad_lse: Tensor | None,
     ) -> Gradients:
-        raise NotImplementedError("flash has no backward yet")
+        raise UnsupportedError("flash has no backward kernel", {self.name: [_NO_BACKWARD]})
 
 
 def forward_launch(
@@ -81,7 +89,6 @@ def forward_launch(
 
     Reads shapes and strides only, so that the compile gate can ask for calls on devices that are not there.
     """
-    assert config.head_dim_v is not None and config.softmax_scale is not None
     arch = tuning.table_architecture(config.arch) or _INTERPRETER_ARCH
     left, right = _bounded_band(config)
     tile = tuning.forward_tile(

@@ -6,16 +6,15 @@ Computes in float32, or in float64 where q is float64 (then lse is float64 too, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
+from regard.config import DIFFERENTIABLE_INPUTS, AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.registry import Gradients
-
-DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 
 
 class ReferenceBackend:
@@ -143,6 +142,19 @@ def gather_pages(inputs: AttentionInputs) -> AttentionInputs:
     return inputs._replace(k=k, v=v, block_table=None)
 
 
+@contextlib.contextmanager
+def _autograd_visible() -> Iterator[None]:
+    """Let autograd record inside a custom op, whose body runs with autograd's dispatch key excluded."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    if not excluded.has(torch._C.DispatchKey.AutogradFunctionality):
+        yield
+        return
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
+
+
 def gradients_by_autograd(
     forward: Callable[[AttentionConfig, AttentionInputs], tuple[Tensor, Tensor | None]],
     config: AttentionConfig,
@@ -153,10 +165,10 @@ def gradients_by_autograd(
     """Differentiate a forward made of torch ops by running it again under autograd."""
     leaves = {
         name: tensor.detach().requires_grad_()
-        for name in DIFFERENTIABLE
+        for name in DIFFERENTIABLE_INPUTS
         if (tensor := getattr(inputs, name)) is not None
     }
-    with torch.enable_grad():
+    with _autograd_visible(), torch.enable_grad():
         out, lse = forward(config, inputs._replace(**leaves))
     outputs, seeds = [out], [grad_out]
     if grad_lse is not None and lse is not None:
@@ -208,7 +220,7 @@ def dropout_threshold(dropout_p: float) -> int:
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four output words of counter (c0, c1, c2, 0), as int64 in 0..2**32-1."""
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
+    c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)  # type: ignore[no-untyped-call]
     c3 = torch.zeros_like(c0)
     for _ in range(_PHILOX_ROUNDS):
         high_a, low_a = _wide_product(_PHILOX_MULTIPLIERS[0], c0)

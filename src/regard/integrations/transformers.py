@@ -324,7 +324,7 @@ def _attend_packed(
         causal=visible.causal, window=visible.window, **arguments,
     )  # fmt: skip
     assert isinstance(out, Tensor)
-    return out.unflatten(0, q.shape[:2])
+    return out.view(*q.shape[:2], *out.shape[1:])
 
 
 def visibility_mask(
@@ -368,41 +368,35 @@ def visibility_mask(
 
     def build() -> Tensor:
         mask = sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,  # type: ignore[arg-type]
+            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+            allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
         assert mask is not None
         return mask
 
+    whole = Visibility(q_length, kv_length, build)
     tracing = is_tracing(attention_mask)
     wants_tensor = not (allow_is_causal_skip or allow_is_bidirectional_skip)
     if wants_tensor and not tracing and attention_mask is None:
-        packed = _packed_sequences(mask_function)
+        packed = _packed_sequences(mask_function, whole)
         if packed is not None:
-            cu_seqlens, max_seqlen, band = packed
-            return Visibility(
-                q_length, kv_length, build, left=band.left, right=band.right, cu_seqlens=cu_seqlens,
-                max_seqlen=max_seqlen,
-            )  # fmt: skip
+            return packed
     # A decoding step into a static cache is denied the skip too, only so that sdpa compiles once; it wants no tensor.
     decodes_statically = q_length == 1 and isinstance(q_offset, Tensor)
     if wants_tensor and (tracing or not decodes_statically):
         return build()
-    chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
-    if chunked and not tracing and kv_length + kv_offset <= local_size:
-        mask_function = causal_mask_function  # everything so far lies in the first chunk
-    elif chunked:
-        return build()
-    band = _band_of(mask_function)
-    if band is None:
-        return build()
-    visibility = _align(band, Visibility(q_length, kv_length, build), batch_size, q_offset, kv_offset, device)
-    if visibility is None:
+    if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
+        within_first_chunk = not tracing and kv_length + kv_offset <= local_size
+        band = _Band(right=0) if within_first_chunk and not wants_tensor else None
+    else:
+        band = _band_of(mask_function)
+    aligned = None if band is None else _align(band, whole, batch_size, q_offset, kv_offset, device)
+    if aligned is None:
         return build()
     if attention_mask is None:
-        return visibility
-    return _add_padding(visibility, attention_mask, kv_offset, tracing)
+        return aligned
+    return _add_padding(aligned, attention_mask, kv_offset, tracing)
 
 
 def _align(
@@ -458,8 +452,8 @@ def _add_padding(visibility: Visibility, attention_mask: Tensor, kv_offset: int,
     return replace(visibility, keys=real[:, None, None, :])
 
 
-def _packed_sequences(mask_function: MaskFunction) -> tuple[Tensor, int, _Band] | None:
-    """Read (cu_seqlens, longest, band within a sequence) out of transformers' mask function for packed sequences.
+def _packed_sequences(mask_function: MaskFunction, whole: Visibility) -> Visibility | None:
+    """Read where sequences start, and the band within each, out of transformers' mask function for packed sequences.
 
     That is the intersection of "same sequence" and of a band. Newer releases count the band's positions from the start
     of each sequence; since it depends on differences only, it is the same band.
@@ -478,7 +472,8 @@ def _packed_sequences(mask_function: MaskFunction) -> tuple[Tensor, int, _Band] 
     first[:, 1:] = sequence[:, 1:] != sequence[:, :-1]
     starts = first.flatten().nonzero().flatten()
     cu_seqlens = nn.functional.pad(starts, (0, 1), value=first.numel()).to(torch.int32)
-    return cu_seqlens, int(cu_seqlens.diff().amax()), band
+    longest = int(cu_seqlens.diff().amax())
+    return replace(whole, left=band.left, right=band.right, cu_seqlens=cu_seqlens, max_seqlen=longest)
 
 
 def _nonlocals(function: MaskFunction) -> dict[str, Any]:

@@ -77,9 +77,7 @@ def attend_keys(
             bias_offsets = tile_offsets(row[:, None], column[None, :], bias_strides[2], bias_strides[3], WIDE)
             bias = tl.load(bias_tile + bias_offsets, mask=query_exists[:, None] & key_exists[None, :], other=0.0)
             bias = bias.to(tl.float32)
-        scores = scaled_scores(
-            qk, query[:, None], key[None, :], shift, softmax_scale, softcap, slope, bias, RAW
-        )
+        scores = scaled_scores(qk, query[:, None], key[None, :], shift, softmax_scale, softcap, slope, bias, RAW)
         if MASKED:
             visible = band_visible(query[:, None], key[None, :], shift, seqlen_k, window_left, window_right)
             scores = tl.where(visible, scores, float("-inf"))

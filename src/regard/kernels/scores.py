@@ -42,8 +42,8 @@ def key_span(
     """Key range of a tile of queries, cut into [start, full_start) [full_start, full_stop) [full_stop, stop).
 
     Blocks of the middle part are visible to every query of the tile and need no mask; blocks outside are never visited.
-    The outer parts are never empty (a block that needs no mask, or lies outside, may serve): a loop that might not run at all between two
-    others makes ptxas serialise the wgmma pipeline, which costs up to a quarter of the speed on sm90.
+    The outer parts are never empty: a block that needs no mask, or lies outside, may serve. A loop that might not run
+    at all between two others makes ptxas serialise the wgmma pipeline, which costs up to a quarter of the speed on sm90.
     """
     start = 0
     stop = seqlen_k
@@ -82,7 +82,7 @@ def scaled_scores(qk, query, key, shift, scale, softcap, slope, bias, RAW: tl.co
 
 @triton.jit
 def tanh(x):
-    """tanh through exp2; exact at the ends because exp2 overflows to inf."""
+    """Tanh through exp2; exact at the ends because exp2 overflows to inf."""
     return 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
 
 
@@ -100,7 +100,8 @@ def band_visible(query, key, shift, seqlen_k, window_left, window_right):
 @triton.jit
 def dropout_keep(seed, head, query, first_key, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights of a (BLOCK_M, BLOCK_N) tile survive: Philox word ``key % 4`` of counter (key // 4, query, head, 0)
-    (Salmon et al. 2011, section 3.3), so that the mask does not depend on the tiling."""
+    (Salmon et al. 2011, section 3.3), so that the mask does not depend on the tiling.
+    """
     quad = (first_key // 4 + tl.arange(0, BLOCK_N // 4))[None, :] + tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
     row = query[:, None] + tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
     zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)

@@ -45,9 +45,7 @@ class Rule(NamedTuple):
     min_triton: tuple[int, int] = (3, 6)
 
     def applies(self, causal: bool, seqlen_k: int, triton_version: tuple[int, int]) -> bool:
-        return (
-            self.causal in (None, causal) and seqlen_k >= self.min_seqlen_k and triton_version >= self.min_triton
-        )
+        return self.causal in (None, causal) and seqlen_k >= self.min_seqlen_k and triton_version >= self.min_triton
 
 
 def _rules(*tile: int) -> tuple[Rule, ...]:
