@@ -367,12 +367,11 @@ def visibility_mask(
         return attention_mask
 
     def build() -> Tensor:
-        mask = sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,  # type: ignore[arg-type]
+        mask: Tensor = sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
             kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
             allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
-        assert mask is not None
         return mask
 
     whole = Visibility(q_length, kv_length, build)
