@@ -96,7 +96,7 @@ def forward_launch(
         config.dtype.itemsize,
         max(config.head_dim, config.head_dim_v),
         right is not None,
-        config.seqlen_k,
+        config.seqlen_k if left is None or right is None else min(config.seqlen_k, left + right + 1),
         triton_version(),
     )
     strides = {name: _strides4(getattr(inputs, name)) for name in ("q", "k", "v")}
@@ -148,7 +148,11 @@ def forward_launch(
         BLOCK_D=tuning.padded_head_dim(config.head_dim),
         BLOCK_DV=tuning.padded_head_dim(config.head_dim_v),
         RAW=raw,
-        RAGGED=right is not None or config.varlen or config.kv_lens or config.seqlen_k % tile.block_n != 0,
+        RAGGED=left is not None
+        or right is not None
+        or config.varlen
+        or config.kv_lens
+        or config.seqlen_k % tile.block_n != 0,
         WIDE=_wide(inputs, out),
         PRECISION=_product_precision(config),
     )

@@ -35,8 +35,8 @@ def online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr, RAW: t
 
 @triton.jit
 def attend_keys(
-    acc, row_max, row_sum, q, start, stop,
-    query, query_exists, head, sequence, shift, seqlen_k,
+    acc, row_max, row_sum, q, start, stop, gap_start, gap,
+    query, query_exists, head, shift, seqlen_k,
     k_base, v_base, mask_base, bias_base, block_table_ptr, slope, seed,
     k_strides, v_strides, mask_strides, bias_strides,
     page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
@@ -44,14 +44,20 @@ def attend_keys(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stream the key blocks of [start, stop) past the query tile. MASKED: some pair may lie outside the band."""
+    """Stream the key blocks of [start, stop) past the query tile.
+
+    MASKED: some pair may lie outside the band; with a left bound, positions from gap_start on are ``gap`` keys further.
+    """
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
     dim_exists = dim < HEAD_DIM
     dim_v_exists = dim_v < HEAD_DIM_V
-    for first_key in tl.range(start, stop, BLOCK_N):
+    for position in tl.range(start, stop, BLOCK_N):
+        first_key = position
+        if MASKED and window_left is not None:
+            first_key = tl.where(position < gap_start, position, position + gap)
         key = first_key + column
         key_exists = key < seqlen_k
         if block_table_ptr is None:
@@ -227,19 +233,24 @@ def attention_forward(
     start, full_start, full_stop, stop = key_span(
         first_query, last_query, shift, length_k, window_left, window_right, BLOCK_N, RAGGED
     )
-    for part in tl.static_range(0, 3):
-        # left edge of the window, interior, right edge: the same body, masked only at the edges
-        if part == 1 or (window_left is not None if part == 0 else RAGGED):
-            part_start = start if part == 0 else (full_start if part == 1 else full_stop)
-            part_stop = full_start if part == 0 else (full_stop if part == 1 else stop)
-            acc, row_max, row_sum = attend_keys(
-                acc, row_max, row_sum, q, part_start, part_stop,
-                query, query_exists, sequence * heads_q + head, sequence, shift, length_k,
-                k_base, v_base, mask_ptr, bias_ptr, block_table_ptr, slope, seed,
-                k_strides, v_strides, mask_strides, bias_strides,
-                page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part != 1, RAW, WIDE, PRECISION,
-            )  # fmt: skip
+    gap = full_stop - full_start
+    if window_left is None:
+        start = full_stop  # there is only a right edge
+    else:
+        stop = tl.maximum(stop - gap, start + 1)
+    for part in tl.static_range(0, 2 if RAGGED else 1):
+        # the interior, then the edges: one body, masked only at the edges, where positions skip over the interior
+        acc, row_max, row_sum = attend_keys(
+            acc, row_max, row_sum, q,
+            full_start if part == 0 else start,
+            full_stop if part == 0 else stop,
+            full_start, gap,
+            query, query_exists, sequence * heads_q + head, shift, length_k,
+            k_base, v_base, mask_ptr, bias_ptr, block_table_ptr, slope, seed,
+            k_strides, v_strides, mask_strides, bias_strides,
+            page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part == 1, RAW, WIDE, PRECISION,
+        )  # fmt: skip
 
     nothing_visible = row_sum == 0
     row_sum = tl.where(nothing_visible, 1.0, row_sum)

@@ -39,11 +39,11 @@ def tile_offsets(row, column, row_stride, column_stride, WIDE: tl.constexpr):
 def key_span(
     first_query, last_query, shift, seqlen_k, window_left, window_right, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr
 ):
-    """Key range of a tile of queries, cut into [start, full_start) [full_start, full_stop) [full_stop, stop).
+    """Key range [start, stop) of a tile of queries, and the part of it [full_start, full_stop) that needs no mask.
 
-    Blocks of the middle part are visible to every query of the tile and need no mask; blocks outside are never visited.
-    The outer parts are never empty: a block that needs no mask, or lies outside, may serve. A loop that might not run
-    at all between two others makes ptxas serialise the wgmma pipeline, which costs up to a quarter of the speed on sm90.
+    Blocks outside the range are never visited. The edges around the middle part come last and in one loop, which is
+    never empty (where nothing is cut, the last whole block serves): around a loop that might not run, between two
+    others, ptxas serialises the wgmma pipeline, which costs up to a quarter of the speed on sm90.
     """
     start = 0
     stop = seqlen_k
@@ -56,9 +56,10 @@ def key_span(
         start = tl.minimum(tl.maximum(first_query + shift - window_left, 0), stop) // BLOCK_N * BLOCK_N
         full_start = tl.cdiv(tl.maximum(last_query + shift - window_left, 0), BLOCK_N) * BLOCK_N
         full_start = tl.minimum(full_start, tl.cdiv(stop, BLOCK_N) * BLOCK_N)
-        full_start = tl.maximum(full_start, start + BLOCK_N)
     if RAGGED:
         full_stop = tl.minimum(full_stop, tl.maximum(stop - 1, 0)) // BLOCK_N * BLOCK_N
+        if window_left is not None:
+            full_start = tl.minimum(full_start, tl.maximum(stop - 1, 0) // BLOCK_N * BLOCK_N)
         full_stop = tl.maximum(full_stop, full_start)
         stop = tl.maximum(stop, full_stop + 1)
     return start, full_start, full_stop, stop

@@ -117,7 +117,7 @@ def forward_tile(
         itemsize: bytes per element of q, k and v.
         head_dim: the larger of D and Dv, 1 to 256.
         causal: whether the right side of the band is bounded.
-        seqlen_k: keys of the longest sequence.
+        seqlen_k: keys a query may reach: the longest sequence's length, or the window's.
         triton_version: (major, minor).
     """
     rules = FORWARD[arch, itemsize, table_head_dim(head_dim)]
