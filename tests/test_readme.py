@@ -1,5 +1,6 @@
 """Every python block of the README runs as it stands, and every command it names exists."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TEXT = README.read_text() if README.exists() else ""
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [
@@ -44,13 +46,16 @@ def test_make_target_exists(command):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"(python3? -m )?regard\b", c)])
 def test_regard_command_exists(command):
     words = command.split()
-    words = words[words.index("regard") :] if "regard" in words else words[2:]
-    module, subcommand = ("regard.cli", words[1:2]) if words[0] == "regard" else (words[0], [])
-    done = subprocess.run([sys.executable, "-m", module, *subcommand, "--help"], capture_output=True, text=True)
+    if words[0] == "regard":
+        module, function = re.search(r'^regard = "([\w.]+):(\w+)"', PYPROJECT, flags=re.MULTILINE).groups()
+        run = ["-c", f"from {module} import {function}; {function}()", words[1]]
+    else:
+        run = words[1:3]
+    environment = {**os.environ, "COLUMNS": "200"}  # or long options are cut
+    done = subprocess.run([sys.executable, *run, "--help"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    known = done.stdout
     for option in re.findall(r"\s(--[\w-]+)", command):
-        assert option in known, f"{option} is not an option of {words[0]} {' '.join(subcommand)}"
+        assert option in done.stdout, f"{option} is not an option: {done.stdout}"
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!https?://|#)([^)#]+)", TEXT))))
