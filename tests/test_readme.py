@@ -22,6 +22,14 @@ COMMANDS = [
     if line.strip()
 ]
 
+# As a reader has it: no interpreter, and lines wide enough that no long option is cut.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+
+
 pytestmark = pytest.mark.skipif(not TEXT, reason="there is no README.md yet")
 
 
@@ -33,7 +41,7 @@ def test_there_is_an_example():
 def test_python_block_runs(number):
     """Blocks run in order in one interpreter, as a reader would type them."""
     code = "\n".join(PYTHON[: number + 1])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = run("-c", code)
     assert done.returncode == 0, done.stderr
 
 
@@ -48,11 +56,9 @@ def test_regard_command_exists(command):
     words = command.split()
     if words[0] == "regard":
         module, function = re.search(r'^regard = "([\w.]+):(\w+)"', PYPROJECT, flags=re.MULTILINE).groups()
-        run = ["-c", f"from {module} import {function}; {function}()", words[1]]
+        done = run("-c", f"from {module} import {function}; {function}()", words[1], "--help")
     else:
-        run = words[1:3]
-    environment = {**os.environ, "COLUMNS": "200"}  # or long options are cut
-    done = subprocess.run([sys.executable, *run, "--help"], capture_output=True, text=True, env=environment)
+        done = run(*words[1:3], "--help")
     assert done.returncode == 0, done.stderr
     for option in re.findall(r"\s(--[\w-]+)", command):
         assert option in done.stdout, f"{option} is not an option: {done.stdout}"
