@@ -280,7 +280,7 @@ def test_unknown_mask_functions_are_materialised():
     for implementation in ("sdpa", "regard"):
         config._attn_implementation = implementation
         masks[implementation] = masking_utils.create_causal_mask(config, **arguments, block_sequence_ids=blocks)
-    assert torch.equal(masks["regard"], masks["sdpa"]) and masks["regard"].shape == (1, 1, 10, 10)
+    assert torch.equal(masks["regard"].mask, masks["sdpa"]) and masks["sdpa"].shape == (1, 1, 10, 10)
 
 
 @pytest.mark.parametrize("name", [*DECODERS, "modernbert", *SEQ2SEQ])
@@ -360,8 +360,6 @@ def test_compiled_decoding_into_a_static_cache_takes_one_graph(monkeypatch):
 
 def shown(visibility, batch):
     """The dense mask a `Visibility` stands for, by its documentation."""
-    if isinstance(visibility, torch.Tensor):
-        return visibility.expand(batch, 1, -1, -1)
     sq, sk = visibility.q_length, visibility.kv_length
     lengths = torch.full((batch,), sk) if visibility.kv_lens is None else visibility.kv_lens
     key = torch.arange(sk)
@@ -372,7 +370,7 @@ def shown(visibility, batch):
     visible = visible if right is None else visible & (distance <= right)
     visible = visible & (distance <= 0) if visibility.causal else visible
     visible = visible[:, None]
-    return visible if visibility.keys is None else visible & visibility.keys
+    return visible if visibility.mask is None else visible & visibility.mask
 
 
 FUNCTIONS = {
@@ -424,8 +422,7 @@ def test_visibility_is_what_the_mask_function_says(function, place):
         dense = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
         visibility = visibility_mask(**arguments)
         assert torch.equal(shown(visibility, 2), dense.expand(2, 1, -1, -1)), pads
-        if isinstance(visibility, Visibility):
-            assert torch.equal(visibility.materialise(), dense), pads
+        assert torch.equal(visibility.materialise(), dense), pads
 
 
 @pytest.mark.parametrize("function", ["causal", "bidirectional", "sliding", "sliding_both", "wide", "wide_both"])
@@ -444,7 +441,7 @@ def test_chunks_are_causal_inside_the_first():
     arguments = {"batch_size": 1, "mask_function": chunked, "local_size": 8, "config": config}
     inside = visibility_mask(q_length=8, kv_length=8, **arguments)
     assert isinstance(inside, Visibility) and inside.causal and inside.window is None
-    assert isinstance(visibility_mask(q_length=9, kv_length=9, **arguments), torch.Tensor)
+    assert visibility_mask(q_length=9, kv_length=9, **arguments).mask.shape == (1, 1, 9, 9)
 
 
 def test_static_decoding_counts_the_filled_keys():
@@ -470,9 +467,24 @@ def test_a_visibility_stands_in_for_its_mask():
     assert torch.equal(torch.cat([visibility, dense], dim=-1), torch.cat([dense, dense], dim=-1))
     assert torch.equal(visibility & dense, dense) and torch.equal(dense & visibility, dense)
     assert visibility.contiguous() is visibility
-    assert torch.equal(visibility.to(torch.float32), dense.float())
     moved = visibility_mask(batch_size=2, q_length=7, kv_length=7, attention_mask=padding("left", length=7)).to("meta")
-    assert isinstance(moved, Visibility) and moved.keys.device.type == "meta"
+    assert isinstance(moved, Visibility) and moved.mask.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2}),  # adds the mask
+        ("Mpt", {"d_model": 32, "n_layers": 1, "n_heads": 2}),  # fills where it is true
+        ("RoFormer", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}),
+    ],
+)
+def test_models_that_apply_the_mask_themselves_are_refused(family, settings):
+    """transformers lets them have any attn_implementation; a bool mask added to the scores is a wrong answer."""
+    config = getattr(transformers, f"{family}Config")(vocab_size=VOCABULARY, **settings)
+    made = getattr(transformers, f"{family}Model")._from_config(config, attn_implementation="regard").eval()
+    with pytest.raises(regard.ConfigError, match="attention interface"):
+        made(input_ids=tokens(), attention_mask=padding("left"))
 
 
 # The attention function on its own

@@ -77,20 +77,20 @@ class Visibility:
     """Which keys each query sees, for all layers of one kind in one forward pass.
 
     Key j is visible to query i iff it lies within the band ``-left <= j - (i + L - Sq) <= right``, L being ``kv_lens``
-    where given and ``kv_length`` otherwise, ``j < L``, and ``keys`` allows it. Where ``cu_seqlens`` is given the batch
+    where given and ``kv_length`` otherwise, ``j < L``, and ``mask`` allows it. Where ``cu_seqlens`` is given the batch
     holds packed sequences and the band applies within each.
 
-    Code that takes it for the 4-D mask it stands for gets that mask: attributes, indexing and torch functions fall
-    through to `materialise`.
+    Models that look into the mask before they pass it on find the 4-D bool mask it stands for: attributes, indexing and
+    torch functions fall through to `materialise`. Only what takes it for an additive mask is refused.
 
     Attributes:
         q_length, kv_length: Sq and Sk the band was computed for.
         left, right: the band; None is unlimited on that side. ``right`` is 0 for causal.
         kv_lens: int32 (B,), the keys that count, the same for every query of a sequence.
-        keys: bool (B, 1, 1, Sk), True = attend: padding that is no mere prefix.
+        mask: bool, True = attend: (B, 1, 1, Sk) for padding that is no mere prefix, (B, 1, Sq, Sk) for what is no band.
         cu_seqlens: int32 (sequences + 1,), where packed sequences start in the flattened batch.
         max_seqlen: the longest packed sequence.
-        build: makes the bool (B, 1, Sq, Sk) mask this stands for.
+        build: makes the bool (B, 1, Sq, Sk) mask all this stands for.
     """
 
     q_length: int
@@ -99,7 +99,7 @@ class Visibility:
     left: int | None = None
     right: int | None = None
     kv_lens: Tensor | None = None
-    keys: Tensor | None = None
+    mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
 
@@ -122,27 +122,28 @@ class Visibility:
     def contiguous(self) -> Visibility:
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Move to a device (accelerate does, between layers of one kind); a conversion yields the mask itself."""
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
+    def to(self, *args: Any, **kwargs: Any) -> Visibility:
+        """Move to a device, as accelerate does between layers of one kind."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None:
-            return self.materialise().to(*args, **kwargs)
+            raise _takes_it_for_additive(f"to({dtype})")
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
 
-        build = self.build
         return replace(
             self,
             kv_lens=moved(self.kv_lens),
-            keys=moved(self.keys),
+            mask=moved(self.mask),
             cu_seqlens=moved(self.cu_seqlens),
-            build=lambda: build().to(device),
+            build=lambda: self.build().to(device),
         )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in ("float", "half", "bfloat16", "double"):
+            raise _takes_it_for_additive(name)
         return getattr(self.materialise(), name)
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -153,12 +154,24 @@ class Visibility:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__.strip("_") in ("add", "radd", "iadd", "sub", "masked_fill"):
+            raise _takes_it_for_additive(function.__name__)
+
         def tensors(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
                 return type(value)(map(tensors, value))
             return value.materialise() if isinstance(value, Visibility) else value
 
         return function(*tensors(args), **{key: tensors(value) for key, value in (kwargs or {}).items()})
+
+
+def _takes_it_for_additive(operation: str) -> ConfigError:
+    """The error for models that compute attention themselves but let any ``attn_implementation`` pass."""
+    return ConfigError(
+        "attn_implementation",
+        f"regard for a model that applies its mask itself ({operation})",
+        "a model that uses transformers' attention interface; 'eager' serves the others",
+    )
 
 
 def attention_forward(
@@ -227,7 +240,7 @@ def attention_forward(
         visible = visible.materialise()
     if isinstance(visible, Visibility):
         arguments.update(
-            causal=visible.causal, window=visible.window, kv_lens=visible.kv_lens, mask=visible.keys, bias=position_bias
+            causal=visible.causal, window=visible.window, kv_lens=visible.kv_lens, mask=visible.mask, bias=position_bias
         )
     elif visible.dtype == torch.bool:
         arguments.update(mask=visible, bias=position_bias)
@@ -258,7 +271,7 @@ def _visible(
     q_length, kv_length = query.shape[2], key.shape[2]
     if isinstance(attention_mask, Visibility):
         aligned = attention_mask.left is not None or attention_mask.right is not None
-        measured = attention_mask.kv_lens is not None or attention_mask.keys is not None
+        measured = attention_mask.kv_lens is not None or attention_mask.mask is not None
         if (aligned or measured) and attention_mask.kv_length != kv_length:
             raise ConfigError("key", f"{kv_length} keys", f"the {attention_mask.kv_length} the mask was made for")
         if aligned and attention_mask.q_length != q_length:
@@ -299,7 +312,7 @@ def _packed_by_caller(
         raise ConfigError(missing, None, "offsets, since the other one is given")
     if position_bias is not None:
         raise ConfigError("position_bias", "a tensor together with cu_seq_lens_q", "one of the two")
-    if isinstance(visible, Tensor) or visible.keys is not None or visible.kv_lens is not None:
+    if isinstance(visible, Tensor) or visible.mask is not None or visible.kv_lens is not None:
         raise ConfigError("attention_mask", "a mask together with cu_seq_lens_q", "one of the two")
     return visible
 
@@ -360,8 +373,8 @@ def visibility_mask(
         device: of the tensors made.
 
     Returns:
-        `Visibility` where ``mask_function`` is a band (causal, bidirectional, sliding) or packed sequences; else the
-        bool (B, 1, Sq, Sk) mask.
+        a `Visibility`, with an S x S mask in it only where ``mask_function`` is neither a band (causal, bidirectional,
+        sliding) nor packed sequences; or the bool (B, 1, Sq, Sk) mask of a band where the caller wants a tensor.
     """
     if isinstance(attention_mask, Visibility):
         return attention_mask
@@ -377,25 +390,29 @@ def visibility_mask(
     whole = Visibility(q_length, kv_length, build)
     tracing = is_tracing(attention_mask)
     wants_tensor = not (allow_is_causal_skip or allow_is_bidirectional_skip)
-    if wants_tensor and not tracing and attention_mask is None:
-        packed = _packed_sequences(mask_function, whole)
-        if packed is not None:
-            return packed
     # A decoding step into a static cache is denied the skip too, only so that sdpa compiles once; it wants no tensor.
     decodes_statically = q_length == 1 and isinstance(q_offset, Tensor)
-    if wants_tensor and (tracing or not decodes_statically):
-        return build()
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
-        within_first_chunk = not tracing and kv_length + kv_offset <= local_size
-        band = _Band(right=0) if within_first_chunk and not wants_tensor else None
+        band = _Band(right=0) if not tracing and kv_length + kv_offset <= local_size else None
+    elif tracing and wants_tensor:
+        band = None  # it may index tensors by position, which the tracer cannot follow with symbolic positions
     else:
         band = _band_of(mask_function)
-    aligned = None if band is None else _align(band, whole, batch_size, q_offset, kv_offset, device)
-    if aligned is None:
+    if band is None:
+        packed = _packed_sequences(mask_function, whole) if attention_mask is None and not tracing else None
+        return packed or _as_built(whole)
+    if wants_tensor and not decodes_statically:
         return build()
-    if attention_mask is None:
-        return aligned
-    return _add_padding(aligned, attention_mask, kv_offset, tracing)
+    aligned = _align(band, whole, batch_size, q_offset, kv_offset, device)
+    if aligned is None:
+        return _as_built(whole)
+    return aligned if attention_mask is None else _add_padding(aligned, attention_mask, kv_offset, tracing)
+
+
+def _as_built(whole: Visibility) -> Visibility:
+    """The whole mask, for what is no band."""
+    mask = whole.materialise()
+    return replace(whole, mask=mask, build=lambda: mask)
 
 
 def _align(
@@ -448,7 +465,7 @@ def _add_padding(visibility: Visibility, attention_mask: Tensor, kv_offset: int,
             if is_prefix:
                 return visibility if shortest == kv_length else replace(visibility, kv_lens=lengths)
     real = nn.functional.pad(real, (0, kv_length - width))
-    return replace(visibility, keys=real[:, None, None, :])
+    return replace(visibility, mask=real[:, None, None, :])
 
 
 def _packed_sequences(mask_function: MaskFunction, whole: Visibility) -> Visibility | None:
