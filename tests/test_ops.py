@@ -59,6 +59,12 @@ def test_opcheck_of_the_forward(name):
 
 
 @pytest.mark.parametrize("name", OP_CASES)
+def test_opcheck_with_gradients(name):
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.attention_fwd, op_arguments(name, requires_grad=True), test_utils=checks)
+
+
+@pytest.mark.parametrize("name", OP_CASES)
 def test_fake_has_the_shapes_strides_and_dtypes_of_the_real(name):
     arguments = op_arguments(name)
     real = ops.attention_fwd(*arguments)
@@ -111,6 +117,25 @@ def test_varlen_compiles_whole_and_once(backend):
         q, k, v = (torch.randn(sum(lengths), 2, 16) for _ in range(3))
         expected = regard.varlen_attention(q, k, v, offsets, offsets, backend=backend) * 2
         torch.testing.assert_close(compiled(q, k, v, offsets, max(lengths)), expected)
+    assert counter.frame_count == 1
+
+
+def test_training_step_compiles_whole_and_once():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def compiled(q, k, v, bias, sinks):
+        out, lse = regard.attention(q, k, v, bias=bias, sinks=sinks, causal=True, return_lse=True, backend="opaque")
+        return (out.sin().sum() + lse.cos().sum()) * 2
+
+    for batch, seqlen_q, seqlen_k in LENGTHS[:3]:
+        shapes = (batch, seqlen_q, 4, 16), (batch, seqlen_k, 2, 16), (batch, seqlen_k, 2, 24), (4, 1, seqlen_k), (4,)
+        leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+        found = torch.autograd.grad(compiled(*leaves), leaves)
+        q, k, v, bias, sinks = leaves
+        out, lse = regard.attention(q, k, v, bias=bias, sinks=sinks, causal=True, return_lse=True, backend="reference")
+        expected = torch.autograd.grad((out.sin().sum() + lse.cos().sum()) * 2, leaves)
+        torch.testing.assert_close(found, expected)
     assert counter.frame_count == 1
 
 

@@ -10,8 +10,18 @@ import torch
 import regard
 from regard import Reason
 from regard.backends.reference import ReferenceBackend
-from regard.testing import CASES, assert_close, check_backward, check_forward, check_repeatable, run_conformance
+from regard.testing import (
+    CASES,
+    assert_close,
+    check_backward,
+    check_forward,
+    check_repeatable,
+    make_inputs,
+    plain_attention,
+    run_conformance,
+)
 from regard.testing.__main__ import main
+from regard.testing.checks import _gradients
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -180,6 +190,17 @@ def test_report_counts_prints_and_survives_crashes(defective, tmp_path, monkeypa
     assert "softcap" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", "x --backend defective --case softcap --check forward".split())
     assert main() == 1
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_baseline_is_the_reference_where_nothing_is_rounded(name):
+    """Two independent writings of the semantics, in float64: what one gets wrong, the other shows."""
+    call = make_inputs(BY_NAME[name]).in_float64().with_leaves()
+    results = call("reference", return_lse=True), plain_attention(call)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12, equal_nan=True)
+    if BY_NAME[name].gradients:
+        gradients = [_gradients(call, result, torch.float64) for result in results]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-11)
 
 
 def test_case_names_are_unique():

@@ -101,7 +101,7 @@ def _plain_sequence(
     if "bias" in tensors:
         scores = scores + own("bias")
     if "alibi_slopes" in tensors:
-        slopes = tensors["alibi_slopes"].expand(config.batch, config.heads_q)[sequence]
+        slopes = tensors["alibi_slopes"].to(accumulator).expand(config.batch, config.heads_q)[sequence]
         scores = scores - slopes[:, None, None] * distance.abs()
 
     visible = own("mask") if "mask" in tensors else torch.ones_like(distance, dtype=torch.bool)
