@@ -98,6 +98,7 @@ def forward_launch(
         right is not None,
         config.seqlen_k if left is None or right is None else min(config.seqlen_k, left + right + 1),
         triton_version(),
+        aligned=_aligned(inputs.k) and _aligned(inputs.v),
     )
     strides = {name: _strides4(getattr(inputs, name)) for name in ("q", "k", "v")}
     strides["out"] = _strides4(out)
@@ -177,6 +178,15 @@ def _broadcast_strides(tensor: Tensor | None) -> tuple[int, ...]:
     if tensor is None:
         return (0, 0, 0, 0)
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether Triton can tell that rows start at multiples of 16 bytes: it looks for factors of 16 in the strides."""
+    return (
+        tensor.stride(-1) == 1
+        and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
+        and (tensor.is_meta or tensor.data_ptr() % 16 == 0)
+    )
 
 
 def _wide(inputs: AttentionInputs, out: Tensor) -> bool:

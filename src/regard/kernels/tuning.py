@@ -1,7 +1,7 @@
 """The tile table: which block sizes each kernel runs with, as data.
 
-A pure function of the problem and the architecture, so that it can be read and tested without a GPU and nothing is tuned
-at run time. `tests/arch` compiles every entry for its target and records registers, shared memory and spills.
+A pure function of the problem and the architecture, so that it can be read and tested without a GPU and nothing is
+tuned at run time. `tests/arch` compiles every entry for its target and records registers, shared memory and spills.
 """
 
 from __future__ import annotations
@@ -43,9 +43,16 @@ class Rule(NamedTuple):
     causal: bool | None = None
     min_seqlen_k: int = 0
     min_triton: tuple[int, int] = (3, 6)
+    aligned: bool | None = None
 
-    def applies(self, causal: bool, seqlen_k: int, triton_version: tuple[int, int]) -> bool:
-        return self.causal in (None, causal) and seqlen_k >= self.min_seqlen_k and triton_version >= self.min_triton
+    def applies(self, causal: bool, seqlen_k: int, triton_version: tuple[int, int], aligned: bool) -> bool:
+        """Whether a call falls under this rule."""
+        return (
+            self.causal in (None, causal)
+            and seqlen_k >= self.min_seqlen_k
+            and triton_version >= self.min_triton
+            and self.aligned in (None, aligned)
+        )
 
 
 def _rules(*tile: int) -> tuple[Rule, ...]:
@@ -54,22 +61,33 @@ def _rules(*tile: int) -> tuple[Rule, ...]:
 
 # (architecture, bytes per element, head dim) -> rules
 FORWARD: dict[tuple[str, int, int], tuple[Rule, ...]] = {
+    # mma.sync: Triton lays the warps along the queries, without shared rows, only where BLOCK_M >= head dim.
     ("sm80", 2, 64): _rules(128, 64, 4, 3),
     ("sm80", 2, 128): _rules(128, 64, 8, 2),
-    ("sm80", 2, 256): _rules(64, 32, 4, 2),
+    ("sm80", 2, 256): _rules(64, 64, 8, 2),
     ("sm89", 2, 64): _rules(128, 64, 4, 2),
-    ("sm89", 2, 128): _rules(64, 32, 4, 2),
-    ("sm89", 2, 256): _rules(64, 32, 8, 1),
+    ("sm89", 2, 128): _rules(128, 32, 8, 2),
+    ("sm89", 2, 256): _rules(64, 64, 8, 1),
     # Measured on an H200: two or more small programs on a multiprocessor overlap one's softmax with the other's products.
-    ("sm90", 2, 64): (Rule(Tile(128, 64, 8, 3), causal=True, min_seqlen_k=8192), Rule(Tile(64, 64, 4, 3))),
-    ("sm90", 2, 128): _rules(64, 64, 4, 3),
-    ("sm90", 2, 256): (Rule(Tile(128, 64, 8, 2), min_seqlen_k=1024), Rule(Tile(128, 32, 8, 3))),
-    ("sm100", 2, 64): _rules(128, 64, 4, 3),
-    ("sm100", 2, 128): _rules(128, 64, 4, 2),
-    ("sm100", 2, 256): _rules(64, 32, 4, 2),
+    # Rows that cannot be copied asynchronously go through registers, where Triton 3.6's wgmma gives wrong results for some
+    # pairs of head dims (40 with 24); 32 queries a tile select the older matrix instruction, which does not.
+    ("sm90", 2, 64): (
+        Rule(Tile(32, 64, 4, 2), aligned=False),
+        Rule(Tile(128, 64, 8, 3), causal=True, min_seqlen_k=8192),
+        Rule(Tile(64, 64, 4, 3)),
+    ),
+    ("sm90", 2, 128): (Rule(Tile(32, 64, 4, 2), aligned=False), Rule(Tile(64, 64, 4, 3))),
+    ("sm90", 2, 256): (
+        Rule(Tile(32, 32, 4, 2), aligned=False),
+        Rule(Tile(128, 64, 8, 2), min_seqlen_k=1024),
+        Rule(Tile(128, 32, 8, 3)),
+    ),
+    ("sm100", 2, 64): _rules(128, 64, 8, 3),
+    ("sm100", 2, 128): _rules(128, 64, 8, 2),
+    ("sm100", 2, 256): _rules(128, 32, 8, 2),
     ("sm120", 2, 64): _rules(128, 64, 4, 2),
-    ("sm120", 2, 128): _rules(64, 32, 4, 2),
-    ("sm120", 2, 256): _rules(64, 32, 8, 1),
+    ("sm120", 2, 128): _rules(128, 32, 8, 2),
+    ("sm120", 2, 256): _rules(64, 64, 8, 1),
     ("gfx90a", 2, 64): _rules(128, 64, 4, 1),
     ("gfx90a", 2, 128): _rules(128, 64, 4, 1),
     ("gfx90a", 2, 256): _rules(128, 32, 8, 1),
@@ -79,20 +97,27 @@ FORWARD: dict[tuple[str, int, int], tuple[Rule, ...]] = {
     ("gfx950", 2, 64): _rules(128, 64, 4, 1),
     ("gfx950", 2, 128): _rules(128, 64, 4, 1),
     ("gfx950", 2, 256): _rules(128, 32, 8, 1),
-    ("gfx1100", 2, 64): _rules(128, 32, 8, 1),
-    ("gfx1100", 2, 128): (Rule(Tile(64, 16, 8, 1), min_triton=(3, 9)), Rule(Tile(128, 32, 8, 1))),
+    # WMMA: 16 query rows a warp, or several warps compute the same rows. Triton 3.9 transposes V in registers where the
+    # tile has 32 keys or more; else, and in 3.6, V is read from LDS two bytes at a time.
+    ("gfx1100", 2, 64): _rules(128, 64, 8, 1),
+    ("gfx1100", 2, 128): _rules(128, 32, 8, 1),  # Triton 3.9 spills around the loops of causal calls, hardly inside
     ("gfx1100", 2, 256): _rules(16, 16, 4, 1),
-    ("gfx1201", 2, 64): _rules(128, 32, 8, 1),
-    ("gfx1201", 2, 128): _rules(128, 32, 8, 1),
-    ("gfx1201", 2, 256): _rules(16, 16, 4, 1),
+    ("gfx1201", 2, 64): _rules(128, 64, 8, 1),
+    ("gfx1201", 2, 128): _rules(128, 64, 8, 1),
+    ("gfx1201", 2, 256): (Rule(Tile(128, 32, 8, 1), min_triton=(3, 9)), Rule(Tile(128, 16, 8, 1))),
 }
 # float32 products run on the plain FMA units unless torch's matmul precision allows tf32: small tiles, few registers.
-_FLOAT32 = {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 32, 4, 1)}
-_FLOAT32_AMD = {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)}
+# Fewer than 64 queries also keep Triton 3.6 off sm100's tcgen05, where it rounds float32 to tf32 unasked.
+_FLOAT32 = {64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 32, 4, 1)}
+_FLOAT32_RDNA = {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)}
+_FLOAT32_CDNA = {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)}  # these have float32 MFMA
+_FLOAT32_TILES = {"sm": _FLOAT32, "gfx9": _FLOAT32_CDNA, "gfx1": _FLOAT32_RDNA}
 FORWARD.update(
     ((arch, 4, head_dim), _rules(*tile))
     for arch in ARCHITECTURES
-    for head_dim, tile in (_FLOAT32_AMD if arch.startswith("gfx") else _FLOAT32).items()
+    for family, tiles in _FLOAT32_TILES.items()
+    if arch.startswith(family)
+    for head_dim, tile in tiles.items()
 )
 
 
@@ -108,7 +133,13 @@ def table_head_dim(head_dim: int) -> int:
 
 
 def forward_tile(
-    arch: str, itemsize: int, head_dim: int, causal: bool, seqlen_k: int, triton_version: tuple[int, int]
+    arch: str,
+    itemsize: int,
+    head_dim: int,
+    causal: bool,
+    seqlen_k: int,
+    triton_version: tuple[int, int],
+    aligned: bool = True,
 ) -> Tile:
     """The forward kernel's tile.
 
@@ -119,9 +150,10 @@ def forward_tile(
         causal: whether the right side of the band is bounded.
         seqlen_k: keys a query may reach: the longest sequence's length, or the window's.
         triton_version: (major, minor).
+        aligned: whether Triton can tell that rows of k and v start at multiples of 16 bytes.
     """
     rules = FORWARD[arch, itemsize, table_head_dim(head_dim)]
-    return next(rule.tile for rule in rules if rule.applies(causal, seqlen_k, triton_version))
+    return next(rule.tile for rule in rules if rule.applies(causal, seqlen_k, triton_version, aligned))
 
 
 def padded_head_dim(head_dim: int) -> int:
