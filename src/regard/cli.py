@@ -195,12 +195,17 @@ def generate(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; 1 is best on a busy machine.", show_default="torch's choice")
+    ] = None,
     cache_dir: Annotated[
         Path | None, typer.Option(help="Where converted weights are kept.", show_default="~/.cache/regard")
     ] = None,
 ) -> None:
     """Let a language model answer through regard's attention, with timings and the backend of every kind of layer."""
     with _one_line_errors():
+        import torch
+
         from regard.registry import registry
         from regard.worker import models
         from regard.worker.generate import Request
@@ -213,6 +218,8 @@ def generate(
         weights = _dtype(dtype or ("float32" if place.type == "cpu" else "bfloat16"))
         _check_backend(backend)
         _check_comparison(compare, request.temperature)
+        if threads is not None:
+            torch.set_num_threads(threads)
         console = _console(stderr=True)
         with _progress(console) as progress:
             loaded = models.load(source, device=place, dtype=weights, cache_dir=cache_dir, progress=progress)
@@ -390,11 +397,11 @@ def _escape(text: str) -> str:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage of a conversion; a stage whose steps cannot be counted pulses."""
+    """A bar for each stage, pulsing where steps cannot be counted; a line for each where there is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         stages: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
@@ -403,6 +410,8 @@ def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
                     steps = bars.tasks[finished].total or 1
                     bars.update(finished, total=steps, completed=steps)
                 stages[stage] = bars.add_task(stage, total=total or None)
+                if not console.is_terminal:
+                    console.print(stage, style="dim")
             bars.update(stages[stage], completed=done)
 
         yield report

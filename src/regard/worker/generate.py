@@ -286,7 +286,8 @@ class _Detokenizer:
         text = self._pending()
         if text.endswith(_REPLACEMENT):
             return ""
-        self._start, self._read = max(0, self._read - self._CONTEXT + 1), len(self._tokens)
+        self._read = len(self._tokens)
+        self._start = max(0, self._read - self._CONTEXT)
         return text
 
     def rest(self) -> str:

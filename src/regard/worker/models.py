@@ -146,7 +146,6 @@ def load(
     register()
     try:
         with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -154,7 +153,8 @@ def load(
                 local_files_only=True,
                 trust_remote_code=False,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a malformed folder makes transformers raise anything
         raise ConfigError(
             "model", f"{str(folder)!r}: {_first_line(error)}", "a folder transformers can load"
         ) from error
@@ -233,7 +233,7 @@ def _convert_file(gguf: Path, made: Path, progress: Progress) -> None:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
             progress("reading the weights", 0, 0)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **_dense_weights(), **where)
-    except (ValueError, KeyError, RuntimeError, ImportError, NotImplementedError, IndexError) as error:
+    except Exception as error:  # a malformed file makes its readers raise anything
         raise ConfigError("model", f"{gguf.name!r}: {_first_line(error)}", "a GGUF file that transformers can "
                           "convert") from error  # fmt: skip
     progress("saving the converted weights", 0, 0)
