@@ -2,10 +2,12 @@
 
 from regard.backends.flash import FlashBackend
 from regard.backends.reference import ReferenceBackend
+from regard.backends.sdpa import SdpaBackend
 from regard.registry import Registry
 
 
 def register_builtin_backends(registry: Registry) -> None:
     """Add the built-in backends in the order automatic selection tries them."""
     registry.register(FlashBackend(), priority=30)
+    registry.register(SdpaBackend(), priority=20)
     registry.register(ReferenceBackend(), priority=0)
