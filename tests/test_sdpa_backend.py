@@ -36,6 +36,7 @@ def codes(**fields):
         ({"return_lse": True}, ["lse"]),
         ({"deterministic": True}, []),
         ({"deterministic": True, "requires_grad": True}, ["deterministic"]),
+        ({"causal": True, "softmax_scale": 0.0}, ["scale"]),
         ({"device": "mps"}, ["device"]),
         ({"device": "cuda", "arch": "sm90", "softmax_scale": -1.0}, ["scale"]),
     ],

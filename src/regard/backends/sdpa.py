@@ -35,7 +35,7 @@ class SdpaBackend:
             attn_mask=added,
             is_causal=_is_causal(config),
             scale=config.softmax_scale,
-            enable_gqa=config.heads_q != config.heads_kv,
+            enable_gqa=bool(config.heads_q != config.heads_kv),
         )
         if hidden_rows is not None:
             out = out.masked_fill(hidden_rows, 0.0)
@@ -55,7 +55,7 @@ class SdpaBackend:
 
 def _is_causal(config: AttentionConfig) -> bool:
     """Whether causality hides anything: a single query is the last one and sees every key."""
-    return config.causal and config.seqlen_q != 1
+    return config.causal and bool(config.seqlen_q != 1)  # a symbol while torch.compile traces
 
 
 def _without_hidden_rows(inputs: AttentionInputs) -> tuple[Tensor | None, Tensor | None]:
@@ -77,11 +77,9 @@ def _device_reasons(config: AttentionConfig) -> list[Reason]:
     reasons = []
     if config.device not in ("cpu", "cuda"):
         reasons.append(Reason("device", config.device, "cpu or cuda"))
-    if config.device == "cuda" and config.softmax_scale <= 0:
-        reasons.append(
-            Reason("scale", f"softmax_scale={config.softmax_scale}", "a positive scale on cuda",
-                   "its kernels take the row maximum before they scale")
-        )  # fmt: skip
+    if config.softmax_scale <= 0 and (config.device == "cuda" or _is_causal(config)):
+        reasons.append(Reason("scale", f"softmax_scale={config.softmax_scale}", "a positive scale",
+                              "torch masks before it scales: -inf * 0 is NaN"))  # fmt: skip
     if config.deterministic and config.requires_grad:
         reasons.append(Reason("deterministic", "deterministic=True with a gradient", "deterministic=False",
                               "torch does not promise repeatable gradients"))  # fmt: skip
