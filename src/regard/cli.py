@@ -196,7 +196,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; 1 is best on a busy machine.", show_default="torch's choice")
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="the fastest, measured")
     ] = None,
     cache_dir: Annotated[
         Path | None, typer.Option(help="Where converted weights are kept.", show_default="~/.cache/regard")
@@ -211,6 +211,7 @@ def generate(
         from regard.worker.generate import Request
         from regard.worker.generate import compare as compare_with
         from regard.worker.generate import generate as run
+        from regard.worker.generate import tune_threads
 
         source = models.find(model)
         request = Request(prompt, max_new_tokens, chat, temperature, seed)
@@ -218,17 +219,19 @@ def generate(
         weights = _dtype(dtype or ("float32" if place.type == "cpu" else "bfloat16"))
         _check_backend(backend)
         _check_comparison(compare, request.temperature)
-        if threads is not None:
-            torch.set_num_threads(threads)
         console = _console(stderr=True)
         with _progress(console) as progress:
             loaded = models.load(source, device=place, dtype=weights, cache_dir=cache_dir, progress=progress)
         with nullcontext() if backend is None else registry.use_backend(backend):
+            if threads is not None:
+                torch.set_num_threads(threads)
+            elif place.type == "cpu":
+                threads = tune_threads(loaded)
             console.print(prompt, style="dim", end="\n" if loaded.has_chat_template and chat is not False else "",
                           markup=False, highlight=False, soft_wrap=True)  # fmt: skip
             result = run(loaded, request, lambda text: typer.echo(text, nl=False))
             typer.echo()
-            _print_generation(console, result)
+            _print_generation(console, result, threads)
             if compare is None:
                 return
             with console.status(f"the same tokens with {compare}"):
@@ -334,7 +337,7 @@ def _print_explanation(explanation: Explanation, requested: str | None) -> None:
         console.print(f"{requested} was asked for and cannot serve this call", markup=False, highlight=False)
 
 
-def _print_generation(console: Console, result: Generation) -> None:
+def _print_generation(console: Console, result: Generation, threads: int | None) -> None:
     rate = "-" if result.decode_rate is None else f"{result.decode_rate:.1f} tokens/s"
     memory = "not known on this system" if result.peak_memory is None else f"{result.peak_memory / 2**20:,.0f} MiB"
     measured = [
@@ -343,6 +346,8 @@ def _print_generation(console: Console, result: Generation) -> None:
         ("decode", f"{rate} ({len(result.new_tokens)} tokens, ended by {result.stopped})"),
         ("peak memory", memory),
     ]
+    if threads is not None:
+        measured.append(("CPU threads", str(threads)))
     console.print(_table(["", "measured"], measured))
     served = ((use.phase, use.kind, str(use.layers or "?"), use.selection.backend) for use in result.uses)
     console.print(_table(["phase", "attention", "layers", "backend"], served))

@@ -117,7 +117,7 @@ def _sequences(config: AttentionConfig, inputs: AttentionInputs) -> Iterator[_Pa
         assert inputs.cu_seqlens_q is not None
         assert inputs.cu_seqlens_k is not None
         q_starts, k_starts = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
-        cuts = [
+        cuts: list[tuple[int, tuple[slice, ...], tuple[slice, ...]]] = [
             (b, (slice(q_starts[b], q_starts[b + 1]),), (slice(k_starts[b], k_starts[b + 1]),))
             for b in range(config.batch)
         ]
@@ -206,7 +206,7 @@ def _fused_applies(config: AttentionConfig, part: _Part) -> bool:
 def _fused(
     config: AttentionConfig, part: _Part, first: int, stop: int, low: int, high: int, own_causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Queries [first, stop) over keys [low, high) by torch's fused kernel, with an additive mask where one is needed."""
+    """Queries [first, stop) over keys [low, high) by torch's fused kernel, with an additive mask where needed."""
     q, k, v = part.q[:, :, first:stop], part.k[:, :, low:high], part.v[:, :, low:high]
     group = q.shape[1] // k.shape[1]
     if group > 1:
@@ -235,7 +235,7 @@ def _dense_rows(tensor: Tensor) -> Tensor:
 
 
 def _hidden(config: AttentionConfig, part: _Part, first: int, stop: int, low: int, high: int) -> Tensor | None:
-    """Pairs of a block that the band or the mask hides, broadcast to (B, Hq, queries, keys); None where there are none."""
+    """Pairs of a block that band or mask hides, broadcast to (B, Hq, queries, keys); None where there are none."""
     left, right = config.band
     shift = part.k.shape[2] - part.q.shape[2]
     cut_left = left is not None and stop - 1 + shift - left > low
@@ -366,7 +366,8 @@ def _differentiate(
 
 def _sum_group(gradient: Tensor, group: int) -> Tensor:
     """(B, Hq, S, D) to (B, S, Hk, D), summed over the query heads of each key head."""
-    return gradient.unflatten(1, (-1, group)).sum(2).transpose(1, 2)
+    batch, heads, rows, dim = gradient.shape
+    return gradient.view(batch, heads // group, group, rows, dim).sum(2).transpose(1, 2)
 
 
 def _add_reduced(total: Tensor, part: _Part, d_scores: Tensor, first: int, stop: int, start: int, end: int) -> None:

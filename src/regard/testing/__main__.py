@@ -13,6 +13,7 @@ from regard.testing.report import CHECKS, run_conformance
 
 
 def main() -> int:
+    """Run the conformance cases on one backend and report; 1 where a case failed."""
     parser = argparse.ArgumentParser(prog="python -m regard.testing", description="Run the conformance cases.")
     parser.add_argument("--backend", required=True, choices=registry.list_backends())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
