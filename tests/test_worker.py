@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import regard
 from regard import ConfigError
 from regard.cli import app
 from regard.worker import models
-from regard.worker.generate import Request, compare, encode, generate
+from regard.worker.generate import Request, compare, encode, generate, tune_threads
 
 CPU = torch.device("cpu")
 WINDOW, CONTEXT = 8, 96
@@ -76,6 +77,13 @@ def on_the_reference():
     """Quick and exact on a CPU; what is chosen automatically is the last test's matter."""
     with regard.use_backend("reference"):
         yield
+
+
+@pytest.fixture
+def keep_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def run(loaded, prompt, **options):
@@ -189,6 +197,34 @@ class TestGenerate:
             encode(loaded, Request("hi", chat=True))
 
 
+class TestThreads:
+    @pytest.mark.parametrize(("milliseconds", "best"), [({1: 4, 2: 2, 4: 1}, 4), ({1: 2, 2: 20, 4: 1}, 1)])
+    def test_the_fastest_number_is_kept(self, loaded, keep_threads, milliseconds, best):
+        class Sleeper:
+            device = CPU
+
+            def __call__(self, **kwargs):
+                time.sleep(5e-3 * milliseconds[torch.get_num_threads()])
+
+        torch.set_num_threads(4)
+        assert tune_threads(dataclasses.replace(loaded, model=Sleeper())) == best
+        assert torch.get_num_threads() == best
+
+    def test_a_number_that_is_no_power_of_two_is_tried_too(self, loaded, keep_threads):
+        tried = []
+
+        class Sleeper:
+            device = CPU
+
+            def __call__(self, **kwargs):
+                tried.append(torch.get_num_threads())
+                time.sleep(0.02 / tried[-1])
+
+        torch.set_num_threads(3)
+        assert tune_threads(dataclasses.replace(loaded, model=Sleeper())) == 3
+        assert sorted(set(tried)) == [1, 2, 3]
+
+
 class TestCompare:
     def test_eager_gives_the_same_tokens(self, loaded):
         result, _ = run(loaded, "compare me with eager, please", max_new_tokens=20)
@@ -234,13 +270,14 @@ class Deaf:
         raise NotImplementedError
 
 
+@pytest.mark.usefixtures("keep_threads")
 class TestCommand:
     def test_text_goes_to_stdout_and_figures_to_stderr(self, loaded, folder):
         result = command("--model", folder, "--max-new-tokens", 6, "--compare", "eager", "hello")
         assert result.exit_code == 0, result.output
         _, pieces = run(loaded, "hello", max_new_tokens=6)
         assert result.stdout == "".join(pieces) + "\n"
-        for words in ("time to first token", "prefill", "decode", "peak memory", f"sliding window={WINDOW}, causal",
+        for words in ("time to first token", "CPU threads", "prefill", "decode", "peak memory", f"sliding window={WINDOW}, causal",
                       "full, causal", "reference: chosen by name", "the same tokens as eager", "largest logit"):  # fmt: skip
             assert words in result.stderr
 
@@ -449,13 +486,13 @@ class TestConversion:
 
 
 @pytest.mark.slow
-def test_gemma_answers(request):
+def test_gemma_answers(request, keep_threads):
     """The real model; its conversion is kept in pytest's cache."""
     for package in (models.PACKAGED_MODELS["gemma3-270m"], "gguf", "accelerate"):
         pytest.importorskip(package, reason=f"gemma3-270m needs {package}: {models.INSTALL_HINT}")
     cache = request.config.cache.mkdir("regard-models")
     with regard.use_backend("auto"):
-        result = command("--cache-dir", cache, "--max-new-tokens", 8, "--compare", "eager", "--threads", 1,
+        result = command("--cache-dir", cache, "--max-new-tokens", 8, "--compare", "eager",
                          "The capital of France is the city of")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(" Paris")

@@ -208,10 +208,9 @@ def generate(
 
         from regard.registry import registry
         from regard.worker import models
-        from regard.worker.generate import Request
+        from regard.worker.generate import Request, tune_threads
         from regard.worker.generate import compare as compare_with
         from regard.worker.generate import generate as run
-        from regard.worker.generate import tune_threads
 
         source = models.find(model)
         request = Request(prompt, max_new_tokens, chat, temperature, seed)
