@@ -65,7 +65,7 @@ def _forward(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Map
 KERNELS = {"forward": Kernel(tuning.FORWARD, _forward)}
 
 
-# --- Cases: every tile of a table, plain and causal; every feature once; the awkward head dims; everything at once.
+# --- Cases: every tile of a table, plain and causal; each feature; the awkward head dims; everything at once.
 
 _BATCH, _HEADS, _SEQLEN = 2, 8, 512
 _ODD = 509
@@ -86,6 +86,8 @@ EVERYTHING: dict[str, Any] = dict(
     mask_shape=_SQUARE, bias_shape=_SQUARE, bias_dtype=torch.bfloat16, seqlen_q=_ODD, seqlen_k=_ODD, window=(128, 64),
     softcap=30.0, alibi=True, sinks=True, dropout_p=0.1, kv_lens=True, heads_kv=2,
 )  # fmt: skip
+FEATURE_ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942", "gfx1100", "gfx1201")
+"""One of each kind of matrix unit: these compile each feature on its own, the others every tile and everything."""
 HEAD_DIMS: dict[str, dict[str, Any]] = {
     "d40": dict(head_dim=40, causal=True),
     "d80": dict(head_dim=80, causal=True),
@@ -115,14 +117,18 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             if itemsize == 2:
                 add(f"d{head_dim} plain{suffix}", torch.bfloat16, **sizes)
                 add(f"d{head_dim} causal{suffix}", torch.bfloat16, causal=True, **sizes)
-                add(f"d{head_dim} causal{suffix}", torch.float16, causal=True, **sizes)
+                if head_dim == 128:
+                    add(f"d{head_dim} causal{suffix}", torch.float16, causal=True, **sizes)
             else:
                 add(f"d{head_dim} causal{suffix}", torch.float32, causal=True, **sizes)
-        add(f"d{head_dim} everything", torch.bfloat16 if itemsize == 2 else torch.float32, head_dim=head_dim, **EVERYTHING)
-    for name, options in FEATURES.items():
-        add(f"d128 {name}", torch.bfloat16, head_dim=128, **options)
-    for name, options in HEAD_DIMS.items():
-        add(name, torch.bfloat16, **options)
+        if itemsize == 2:
+            add(f"d{head_dim} everything", torch.bfloat16, head_dim=head_dim, **EVERYTHING)
+    add("d64 everything", torch.float32, head_dim=64, **EVERYTHING)
+    if arch in FEATURE_ARCHITECTURES:
+        for name, options in FEATURES.items():
+            add(f"d128 {name}", torch.bfloat16, head_dim=128, **options)
+        for name, options in HEAD_DIMS.items():
+            add(name, torch.bfloat16, **options)
     return made
 
 
