@@ -89,7 +89,7 @@ EVERYTHING: dict[str, Any] = dict(
 FEATURE_ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942", "gfx1100", "gfx1201")
 """One of each kind of matrix unit: these compile each feature on its own, the others every tile and everything."""
 HEAD_DIMS: dict[str, dict[str, Any]] = {
-    "d40": dict(head_dim=40, causal=True),
+    "d40-mqa": dict(head_dim=40, heads_kv=1, causal=True),  # rows at multiples of 80 bytes
     "d80": dict(head_dim=80, causal=True),
     "d96": dict(head_dim=96),
     "d192-dv128": dict(head_dim=192, head_dim_v=128, causal=True),
@@ -121,6 +121,8 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
                     add(f"d{head_dim} causal{suffix}", torch.float16, causal=True, **sizes)
             else:
                 add(f"d{head_dim} causal{suffix}", torch.float32, causal=True, **sizes)
+        if any(rule.aligned is False for rule in rules):
+            add(f"d{head_dim - 8}-mqa unaligned", torch.bfloat16, head_dim=head_dim - 8, heads_kv=1)
         if itemsize == 2:
             add(f"d{head_dim} everything", torch.bfloat16, head_dim=head_dim, **EVERYTHING)
     add("d64 everything", torch.float32, head_dim=64, **EVERYTHING)
@@ -212,6 +214,8 @@ def faults(config: AttentionConfig, seen: Mapping[str, Any], recorded: Mapping[s
     if seen["shared"] > limit:
         found.append(f"shared memory is {seen['shared']} bytes; {arch} has {limit} for a workgroup")
     kinds = MATRIX_INSTRUCTIONS[arch]
+    if arch == "sm90" and int(seen["tile"].split("x")[0]) < 64:
+        kinds = {"mma"}  # wgmma multiplies 64 rows at a time
     if config.dtype.itemsize == 2 and not kinds & set(seen["matrix"].split("+")):
         found.append(f"no matrix instruction: found {seen['matrix'] or 'none'}, expected {' or '.join(sorted(kinds))}")
     if config.dtype == torch.float32 and arch.startswith("sm") and seen["matrix"]:

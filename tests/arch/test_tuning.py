@@ -17,8 +17,9 @@ def power_of_two(value):
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_every_call_has_a_tile(entry):
-    for causal, seqlen_k, version in itertools.product((False, True), (0, 1, 512, 2**20), [*TRITON_VERSIONS, (4, 0)]):
-        assert isinstance(tuning.forward_tile(*entry, causal, seqlen_k, version), tuning.Tile)
+    flags = (False, True)
+    for call in itertools.product(flags, (0, 1, 512, 2**20), [*TRITON_VERSIONS, (4, 0)], flags):
+        assert isinstance(tuning.forward_tile(*entry, *call), tuning.Tile)
 
 
 def test_the_table_has_no_entry_that_nothing_asks_for():
@@ -28,7 +29,7 @@ def test_the_table_has_no_entry_that_nothing_asks_for():
 @pytest.mark.parametrize(("entry", "rule"), RULES, ids=str)
 def test_every_rule_is_the_first_that_applies_somewhere(entry, rule):
     rules = tuning.FORWARD[entry]
-    calls = itertools.product((False, True), {512, rule.min_seqlen_k}, TRITON_VERSIONS)
+    calls = itertools.product((False, True), {512, rule.min_seqlen_k}, TRITON_VERSIONS, (False, True))
     assert any(next(r for r in rules if r.applies(*call)) is rule for call in calls)
 
 
