@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -219,6 +220,7 @@ def generate(
         _check_backend(backend)
         _check_comparison(compare, request.temperature)
         console = _console(stderr=True)
+        started = time.perf_counter()
         with _progress(console) as progress:
             loaded = models.load(source, device=place, dtype=weights, cache_dir=cache_dir, progress=progress)
         with nullcontext() if backend is None else registry.use_backend(backend):
@@ -226,11 +228,12 @@ def generate(
                 torch.set_num_threads(threads)
             elif place.type == "cpu":
                 threads = tune_threads(loaded)
+            loading = time.perf_counter() - started
             console.print(prompt, style="dim", end="\n" if loaded.has_chat_template and chat is not False else "",
                           markup=False, highlight=False, soft_wrap=True)  # fmt: skip
             result = run(loaded, request, lambda text: typer.echo(text, nl=False))
             typer.echo()
-            _print_generation(console, result, threads)
+            _print_generation(console, result, loading, threads)
             if compare is None:
                 return
             with console.status(f"the same tokens with {compare}"):
@@ -336,10 +339,11 @@ def _print_explanation(explanation: Explanation, requested: str | None) -> None:
         console.print(f"{requested} was asked for and cannot serve this call", markup=False, highlight=False)
 
 
-def _print_generation(console: Console, result: Generation, threads: int | None) -> None:
+def _print_generation(console: Console, result: Generation, loading: float, threads: int | None) -> None:
     rate = "-" if result.decode_rate is None else f"{result.decode_rate:.1f} tokens/s"
     memory = "not known on this system" if result.peak_memory is None else f"{result.peak_memory / 2**20:,.0f} MiB"
     measured = [
+        ("loading", f"{loading:.1f} s"),
         ("time to first token", f"{result.time_to_first_token * 1000:,.0f} ms"),
         ("prefill", f"{result.prefill_rate:.1f} tokens/s ({len(result.prompt_tokens)} tokens)"),
         ("decode", f"{rate} ({len(result.new_tokens)} tokens, ended by {result.stopped})"),
@@ -402,9 +406,10 @@ def _escape(text: str) -> str:
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage, pulsing where steps cannot be counted; a line for each where there is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    text, count = TextColumn("{task.description}"), TextColumn("{task.fields[count]}")
+    columns = SpinnerColumn(), text, BarColumn(), count, TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         stages: dict[str, Any] = {}
 
@@ -413,10 +418,10 @@ def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
                 for finished in stages.values():
                     steps = bars.tasks[finished].total or 1
                     bars.update(finished, total=steps, completed=steps)
-                stages[stage] = bars.add_task(stage, total=total or None)
+                stages[stage] = bars.add_task(stage, total=total or None, count="")
                 if not console.is_terminal:
                     console.print(stage, style="dim")
-            bars.update(stages[stage], completed=done)
+            bars.update(stages[stage], completed=done, count=f"{done}/{total}" if total else "")
 
         yield report
 
