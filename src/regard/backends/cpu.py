@@ -1,14 +1,16 @@
-"""The `cpu` backend: blockwise attention in O(S) memory with torch ops, and torch's fused kernel where that is exact.
+"""The `cpu` backend: every semantic in memory linear in the lengths.
 
-Dao 2023, "FlashAttention-2", algorithm 1 (forward) and 2 (backward): a block of queries meets one block of keys after
-the other with an online softmax, and the backward recomputes the weights from lse. Blocks outside the causal or window
-band are never visited. Everything runs in a fixed order, so that results are repeatable.
+Forward: torch's fused CPU kernel, once for the whole call or once for a block of queries and the keys it can see, with
+what hides or shifts scores as a small additive mask. What the kernel cannot compute (softcap, dropout) goes through
+`_online_softmax`, FlashAttention-2's algorithm 1 in torch operations. Backward: its algorithm 2 (Dao 2023,
+"FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", section 3.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,13 +20,14 @@ from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.registry import Gradients
 
-_QUERIES = 256  # rows of a block
-_KEYS = 1024  # columns of a block
-_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INF = float("inf")
+_SCORES_IN_FLIGHT = 2**20  # scores that a step in torch operations holds at once, over all heads
+_ADDITIVE_IN_FLIGHT = 2**21  # elements of the additive mask made for one call of the fused kernel
+_FUSED_ROWS = 256  # fewest rows for which the fused kernel works at full speed
 
 
 class CpuBackend:
-    """Every semantic on the CPU, linear memory, gradients included."""
+    """Blockwise attention on the CPU: float16, bfloat16, float32 and float64, forward and backward."""
 
     name = "cpu"
 
@@ -32,24 +35,31 @@ class CpuBackend:
         reasons = []
         if config.device != "cpu":
             reasons.append(Reason("device", config.device, "cpu"))
-        if config.requires_grad and config.page_size is not None:
-            reasons.append(Reason("backward", "a gradient through a paged cache", "contiguous keys and values"))
+        if config.page_size is not None and config.requires_grad:
+            reasons.append(Reason("backward", "a gradient through a paged KV cache", "contiguous keys and values"))
         return reasons
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
         return config.kv_layout
 
+    @torch.no_grad()
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        out = inputs.q.new_empty((*inputs.q.shape[:-1], inputs.v.shape[-1]))
-        q_shape = inputs.q.shape
-        lse_shape = (q_shape[1], q_shape[0]) if config.varlen else (q_shape[0], q_shape[2], q_shape[1])
-        lse = inputs.q.new_empty(lse_shape, dtype=_compute_dtype(inputs.q))
-        for part in _sequences(config, inputs):
-            part_out, part_lse = _attend(config, part)
-            part.rows_of(out).copy_(part_out.transpose(1, 2))
-            part.lse_of(lse).copy_(part_lse)
+        inputs = gather_pages(inputs)
+        spans = _spans(config, inputs)
+        if len(spans) == 1 and not config.varlen and not config.kv_lens:
+            out, lse = _attend(_Piece.of(config, inputs, spans[0]))
+            return out.transpose(1, 2), lse
+        q = inputs.q
+        out = q.new_empty((*q.shape[:-1], inputs.v.shape[-1]))
+        lse_shape = (q.shape[1], q.shape[0]) if config.varlen else (q.shape[0], q.shape[2], q.shape[1])
+        lse = q.new_empty(lse_shape, dtype=_accumulator(q.dtype))
+        for span in spans:
+            piece_out, piece_lse = _attend(_Piece.of(config, inputs, span))
+            span.queries(out).copy_(piece_out)
+            span.rows_of_lse(lse).copy_(piece_lse)
         return out, lse
 
+    @torch.no_grad()
     def backward(
         self,
         config: AttentionConfig,
@@ -60,319 +70,380 @@ class CpuBackend:
         grad_lse: Tensor | None,
     ) -> Gradients:
         assert lse is not None
-        compute = _compute_dtype(inputs.q)
-        totals = {
-            name: torch.zeros(tensor.shape, dtype=compute)
+        found = {
+            name: torch.zeros(tensor.shape, dtype=_accumulator(inputs.q.dtype))
             for name in ("q", "k", "v", "bias", "sinks")
             if (tensor := getattr(inputs, name)) is not None
         }
-        for part in _sequences(config, inputs):
-            # delta = rowsum(dO * O) - dlse: what every score's gradient has in common (algorithm 2, line 4)
-            d_out = part.rows_of(grad_out).transpose(1, 2).to(compute)
-            delta = (d_out * part.rows_of(out).transpose(1, 2).to(compute)).sum(-1)
-            if grad_lse is not None:
-                delta = delta - part.lse_of(grad_lse).to(compute)
-            _differentiate(config, part, part.lse_of(lse).to(compute), d_out, delta, totals)
-        return {name: total.to(getattr(inputs, name).dtype) for name, total in totals.items()}
+        gradients = inputs._replace(**found)
+        for span in _spans(config, inputs):
+            _differentiate(
+                _Piece.of(config, inputs, span),
+                _Piece.of(config, gradients, span),
+                span.queries(out),
+                span.rows_of_lse(lse),
+                span.queries(grad_out),
+                None if grad_lse is None else span.rows_of_lse(grad_lse),
+            )
+        return {name: gradient.to(getattr(inputs, name).dtype) for name, gradient in found.items()}
 
 
-class _Part(NamedTuple):
-    """Sequences of one key length, as (B, H, S, D) views: the whole batch, or one sequence of it."""
+@dataclass(frozen=True)
+class _Span:
+    """Where sequences that share one query length and one key length lie in the tensors of a call.
 
+    Its methods return views (B, H, S, D), so gradients are written through them as well.
+    """
+
+    sequences: slice
+    keys: slice
+    rows: slice | None = None  # of packed sequences
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        own = tensor[self.sequences] if self.rows is None else tensor[None, self.rows]
+        return own.transpose(1, 2)
+
+    def keys_of(self, tensor: Tensor) -> Tensor:
+        own = tensor[self.sequences, self.keys] if self.rows is None else tensor[None, self.keys]
+        return own.transpose(1, 2)
+
+    def rows_of_lse(self, tensor: Tensor) -> Tensor:
+        return tensor[self.sequences] if self.rows is None else tensor[None, :, self.rows]
+
+    def pairs(self, tensor: Tensor | None) -> Tensor | None:
+        """Of a mask or bias, broadcast dimensions kept at size 1."""
+        if tensor is None:
+            return None
+        tensor = tensor if tensor.shape[0] == 1 else tensor[self.sequences]
+        return tensor if tensor.shape[3] == 1 else tensor[..., self.keys]
+
+
+def _spans(config: AttentionConfig, inputs: AttentionInputs) -> list[_Span]:
+    if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
+        q_offsets, k_offsets = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
+        return [
+            _Span(slice(i, i + 1), slice(k_offsets[i], k_offsets[i + 1]), slice(q_offsets[i], q_offsets[i + 1]))
+            for i in range(len(q_offsets) - 1)
+        ]
+    if inputs.kv_lens is not None:
+        capacity = config.seqlen_k
+        lengths = [min(max(length, 0), capacity) for length in inputs.kv_lens.tolist()]
+        return [_Span(slice(i, i + 1), slice(0, length)) for i, length in enumerate(lengths)]
+    return [_Span(slice(0, config.batch), slice(0, config.seqlen_k))]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The sequences of one span: q (B, Hq, Sq, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv), and what shapes the scores."""
+
+    config: AttentionConfig
     q: Tensor
     k: Tensor
     v: Tensor
     mask: Tensor | None
     bias: Tensor | None
-    slopes: Tensor | None  # (B, Hq)
-    sinks: Tensor | None
-    seed: Tensor | None
+    slopes: Tensor | None  # (B or 1, Hq, 1, 1)
+    sinks: Tensor | None  # (Hq,)
+    dropout_seed: Tensor | None
     first_sequence: int
-    rows: tuple[slice, ...]  # where its queries lie in q, out and their gradients
-    keys: tuple[slice, ...]  # where its keys lie in k, v and their gradients
 
-    def rows_of(self, tensor: Tensor) -> Tensor:
-        """(B, Sq, H, D) view of this part of q's or out's kind of tensor."""
-        view = tensor[self.rows]
-        return view if view.ndim == 4 else view[None]
+    @classmethod
+    def of(cls, config: AttentionConfig, inputs: AttentionInputs, span: _Span) -> _Piece:
+        slopes = inputs.alibi_slopes
+        if slopes is not None:
+            slopes = slopes.to(_accumulator(inputs.q.dtype))
+            slopes = (slopes[None] if slopes.ndim == 1 else slopes[span.sequences])[:, :, None, None]
+        return cls(
+            config, span.queries(inputs.q), span.keys_of(inputs.k), span.keys_of(inputs.v), span.pairs(inputs.mask),
+            span.pairs(inputs.bias), slopes, inputs.sinks, inputs.dropout_seed, span.sequences.start,
+        )  # fmt: skip
 
-    def keys_of(self, tensor: Tensor) -> Tensor:
-        """(B, Sk, H, D) view of this part of k's or v's kind of tensor."""
-        view = tensor[self.keys]
-        return view if view.ndim == 4 else view[None]
+    @property
+    def shift(self) -> int:
+        """Query i stands at key i + shift."""
+        return self.k.shape[2] - self.q.shape[2]
 
-    def lse_of(self, tensor: Tensor) -> Tensor:
-        """(B, Hq, Sq) view of this part of lse."""
-        return tensor[self.rows[0]] if tensor.ndim == 3 else tensor[None, :, self.rows[0]]
+    def visible_keys(self, rows: range) -> range:
+        """The keys that the band lets some of these queries see."""
+        left, right = self.config.band
+        seqlen_k = self.k.shape[2]
+        first = 0 if left is None else max(0, rows.start + self.shift - left)
+        last = seqlen_k if right is None else min(seqlen_k, rows.stop + self.shift + right)
+        return range(first, max(first, last))
 
+    def seeing_queries(self, keys: range) -> range:
+        """The queries that the band lets see some of these keys."""
+        left, right = self.config.band
+        seqlen_q = self.q.shape[2]
+        first = 0 if right is None else max(0, keys.start - self.shift - right)
+        last = seqlen_q if left is None else min(seqlen_q, keys.stop - self.shift + left)
+        return range(first, max(first, last))
 
-def _sequences(config: AttentionConfig, inputs: AttentionInputs) -> Iterator[_Part]:
-    """Cut a call into parts whose sequences share their lengths."""
-    inputs = gather_pages(inputs)
-    slopes = None
-    if inputs.alibi_slopes is not None:
-        slopes = inputs.alibi_slopes.expand(config.batch, config.heads_q)
-    whole = slice(None)
-    if config.varlen:
-        assert inputs.cu_seqlens_q is not None
-        assert inputs.cu_seqlens_k is not None
-        q_starts, k_starts = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
-        cuts: list[tuple[int, tuple[slice, ...], tuple[slice, ...]]] = [
-            (b, (slice(q_starts[b], q_starts[b + 1]),), (slice(k_starts[b], k_starts[b + 1]),))
-            for b in range(config.batch)
-        ]
-    elif inputs.kv_lens is not None:
-        lengths = inputs.kv_lens.tolist()
-        cuts = [(b, (slice(b, b + 1), whole), (slice(b, b + 1), slice(0, lengths[b]))) for b in range(config.batch)]
-    else:
-        cuts = [(0, (whole,), (whole,))]
-    for sequence, rows, keys in cuts:
-        part = _Part(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.bias, slopes, inputs.sinks, inputs.dropout_seed,
-                     sequence, rows, keys)  # fmt: skip
-        alone = len(cuts) > 1 or config.varlen or config.kv_lens
-        only = slice(sequence, sequence + 1) if alone else whole
-        yield part._replace(
-            q=part.rows_of(inputs.q).transpose(1, 2),
-            k=part.keys_of(inputs.k).transpose(1, 2),
-            v=part.keys_of(inputs.v).transpose(1, 2),
-            mask=_one_of(inputs.mask, only),
-            bias=_one_of(inputs.bias, only),
-            slopes=None if slopes is None else slopes[only],
+    def visible(self, rows: range, keys: range) -> Tensor | None:
+        """Which pairs of a block the band and the mask leave, broadcastable to (B, Hq, rows, keys); None is all."""
+        left, right = self.config.band
+        visible = None if self.mask is None else _block(self.mask, rows, keys)
+        nearest, farthest = keys.start - (rows.stop - 1 + self.shift), keys.stop - 1 - (rows.start + self.shift)
+        if left is not None and nearest < -left:
+            inside = self._distance(rows, keys) >= -left
+            visible = inside if visible is None else visible & inside
+        if right is not None and farthest > right:
+            inside = self._distance(rows, keys) <= right
+            visible = inside if visible is None else visible & inside
+        return visible
+
+    def added(self, rows: range, keys: range) -> Tensor | None:
+        """Bias and ALiBi of a block."""
+        added = None if self.bias is None else _block(self.bias, rows, keys)
+        if self.slopes is not None:
+            alibi = -self.slopes * self._distance(rows, keys).abs()
+            added = alibi if added is None else added.to(alibi.dtype) + alibi
+        return added
+
+    def _distance(self, rows: range, keys: range) -> Tensor:
+        """How far key j lies to the right of query i's own position."""
+        return torch.arange(keys.start, keys.stop) - torch.arange(rows.start, rows.stop)[:, None] - self.shift
+
+    def kept(self, rows: range, keys: range) -> Tensor:
+        """Dropout's factor on the weights of a block: 0 or 1 / (1 - p)."""
+        batch, heads = self.q.shape[:2]
+        head = torch.arange(self.first_sequence * heads, (self.first_sequence + batch) * heads)
+        query, key = torch.arange(rows.start, rows.stop), torch.arange(keys.start, keys.stop)
+        assert self.dropout_seed is not None
+        keep = dropout_keep(
+            self.dropout_seed, head.view(batch, heads, 1, 1), query[:, None], key, self.config.dropout_p
         )
+        return keep.to(_accumulator(self.q.dtype)) / (1 - self.config.dropout_p)
 
 
-def _one_of(tensor: Tensor | None, sequences: slice) -> Tensor | None:
-    """The sequences of a mask or bias whose batch dimension may be broadcast."""
-    return tensor if tensor is None or tensor.shape[0] == 1 else tensor[sequences]
+_AttendBlock = Callable[[_Piece, range, range], tuple[Tensor, Tensor]]
+"""(piece, rows, keys) -> out (B, Hq, rows, Dv) and lse (B, Hq, rows)."""
 
 
-def _compute_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+def _block(tensor: Tensor, rows: range, keys: range) -> Tensor:
+    """Cut a block out of (B, H, Sq or 1, Sk or 1)."""
+    if tensor.shape[2] != 1:
+        tensor = tensor[:, :, rows.start : rows.stop]
+    return tensor if tensor.shape[3] == 1 else tensor[..., keys.start : keys.stop]
 
 
-def _attend(config: AttentionConfig, part: _Part) -> tuple[Tensor, Tensor]:
-    """Attention of one part: out (B, Hq, Sq, Dv) and lse (B, Hq, Sq)."""
-    seqlen_q, seqlen_k = part.q.shape[2], part.k.shape[2]
-    fused = _fused_applies(config, part)
-    left, right = config.band
-    # The fused kernel's own causal mask is top-left: the same only where the lengths are equal.
-    own_causal = fused and left is None and right == 0 and seqlen_q == seqlen_k and part.mask is None is part.bias
-    if fused and (own_causal or (left is None and right is None)):
-        out, lse = _fused(config, part, 0, seqlen_q, 0, seqlen_k, own_causal)
+def _blocks(whole: range, size: int) -> Iterator[range]:
+    for start in range(whole.start, whole.stop, size):
+        yield range(start, min(start + size, whole.stop))
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _attend(piece: _Piece) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of one piece."""
+    config, q, k = piece.config, piece.q, piece.k
+    if q.shape[2] == 0 or k.shape[2] == 0:
+        out, lse = _nothing_visible(piece, q.shape[2])
+    elif config.softcap > 0 or config.dropout_p > 0:
+        out, lse = _by_query_blocks(piece, _online_softmax, _block_side(piece))
     else:
-        outs, lses = [], []
-        for first in range(0, seqlen_q, _QUERIES):
-            stop = min(first + _QUERIES, seqlen_q)
-            low, high = _key_range(config, part, first, stop)
-            step = _fused if fused and high > low else _online_softmax
-            block_out, block_lse = step(config, part, first, stop, low, high)
-            outs.append(block_out)
-            lses.append(block_lse)
-        out = torch.cat(outs, dim=2) if outs else part.q.new_zeros((*part.q.shape[:3], part.v.shape[-1]))
-        lse = torch.cat(lses, dim=2) if lses else part.q.new_zeros(part.q.shape[:3], dtype=_compute_dtype(part.q))
-    if part.sinks is None:
-        return out, lse
-    # A sink is one more key without a value: it only enlarges the denominator.
-    sink = part.sinks.to(lse.dtype)[:, None].expand_as(lse)
-    with_sink = torch.logaddexp(lse, sink)
-    kept = torch.where(with_sink == float("-inf"), 0.0, torch.exp(lse - with_sink))
-    return (out.to(lse.dtype) * kept[..., None]).to(out.dtype), with_sink
+        out, lse = _attend_fused(piece)
+    if piece.sinks is not None:
+        sinks = piece.sinks.to(lse.dtype)[:, None]
+        # The share of the softmax that the sink leaves to the keys; NaN where both are -inf, and out is 0.
+        out = (out * torch.sigmoid(lse - sinks).nan_to_num(0.0)[..., None]).to(q.dtype)
+        lse = torch.logaddexp(lse, sinks)
+    return out.to(q.dtype), lse
 
 
-def _key_range(config: AttentionConfig, part: _Part, first: int, stop: int) -> tuple[int, int]:
-    """Keys that some query of [first, stop) may see."""
+def _nothing_visible(piece: _Piece, rows: int) -> tuple[Tensor, Tensor]:
+    batch, heads = piece.q.shape[:2]
+    out = piece.q.new_zeros(batch, heads, rows, piece.v.shape[3])
+    return out, out.new_full((batch, heads, rows), -_INF, dtype=_accumulator(out.dtype))
+
+
+def _attend_fused(piece: _Piece) -> tuple[Tensor, Tensor]:
+    """Attention without softcap and dropout, by torch's fused kernel."""
+    config = piece.config
+    if config.return_lse or config.requires_grad or piece.sinks is not None:
+        # Its exponentials are coarse in half precision, good enough for out but not for lse; float32 is as fast.
+        compute = _accumulator(piece.q.dtype)
+        piece = replace(piece, q=piece.q.to(compute), k=piece.k.to(compute), v=piece.v.to(compute))
+    q, k = piece.q, piece.k
     left, right = config.band
-    seqlen_k = part.k.shape[2]
-    shift = seqlen_k - part.q.shape[2]
-    low = 0 if left is None else max(0, first + shift - left)
-    high = seqlen_k if right is None else min(seqlen_k, stop - 1 + shift + right + 1)
-    return min(low, seqlen_k), max(high, 0)
+    unlimited = left is None and right is None
+    if piece.mask is None and piece.slopes is None and (piece.bias is None or piece.bias.dtype == q.dtype):
+        # its is_causal fills scores that are scaled later with -inf: the scale must be positive
+        causal = left is None and right == 0 and piece.shift == 0 and config.softmax_scale > 0 and piece.bias is None
+        if unlimited or causal:
+            return _fused_or_online(piece, range(q.shape[2]), range(k.shape[2]), causal)
+    return _by_query_blocks(piece, _fused_or_online, _fused_rows(piece))
 
 
-def _fused_applies(config: AttentionConfig, part: _Part) -> bool:
-    """Whether torch's fused CPU kernel computes exactly this call, given a small mask for each block."""
-    # It adds masks in the dtype of q, which holds a bias of that dtype exactly but not ALiBi's products.
-    return (
-        part.q.dtype in _FUSED_DTYPES
-        and part.q.shape[-1] == part.v.shape[-1]
-        and part.k.shape[2] > 0
-        and config.softcap == 0
-        and config.dropout_p == 0
-        and part.slopes is None
-        and (part.bias is None or part.bias.dtype == part.q.dtype)
-    )
+def _fused_rows(piece: _Piece) -> int:
+    """Rows of a query block: an additive mask of bounded size, few keys outside the window."""
+    left, right = piece.config.band
+    span = piece.k.shape[2]
+    if left is not None and right is not None:
+        span = min(span, left + right + 1)
+    heads = 1
+    for tensor in (piece.mask, piece.bias, piece.slopes):
+        if tensor is not None:
+            heads = max(heads, tensor.shape[0] * tensor.shape[1])
+    rows = max(_FUSED_ROWS, _ADDITIVE_IN_FLIGHT // (heads * max(1, span)))
+    return rows if left is None and right is None else min(rows, max(_FUSED_ROWS, span // 2))
 
 
-def _fused(
-    config: AttentionConfig, part: _Part, first: int, stop: int, low: int, high: int, own_causal: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Queries [first, stop) over keys [low, high) by torch's fused kernel, with an additive mask where needed."""
-    q, k, v = part.q[:, :, first:stop], part.k[:, :, low:high], part.v[:, :, low:high]
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    hidden = None if own_causal else _hidden(config, part, first, stop, low, high)
-    added = None if part.bias is None else _slice(part.bias, first, stop, low, high)
-    if hidden is not None:
-        base = q.new_zeros(()) if added is None else added
-        added = base.masked_fill(hidden, float("-inf"))
-    if added is not None:
-        added = _dense_rows(added.expand(*added.shape[:2], stop - first, high - low))
-    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+def _by_query_blocks(piece: _Piece, attend_block: _AttendBlock, rows_in_block: int) -> tuple[Tensor, Tensor]:
+    """Every block of queries against the keys the band shows it; blocks outside the band are never visited."""
+    outs, lses = [], []
+    for rows in _blocks(range(piece.q.shape[2]), rows_in_block):
+        keys = piece.visible_keys(rows)
+        out, lse = attend_block(piece, rows, keys) if keys else _nothing_visible(piece, len(rows))
+        outs.append(out)
+        lses.append(lse)
+    return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, dim=2), torch.cat(lses, dim=2))
+
+
+def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """One call of the fused kernel; where a NaN may have leaked from a hidden key, the block again by algorithm 1."""
+    q = piece.q[:, :, rows.start : rows.stop]
+    k, v = (t[:, :, keys.start : keys.stop] for t in (piece.k, piece.v))
+    head_dim, head_dim_v = q.shape[3], v.shape[3]
+    widest = max(head_dim, head_dim_v)  # the kernel has one head dim: zeros change neither scores nor values
+    q, k, v = (_fit_kernel(t, widest) for t in (q, k, v))
+    additive = _additive_mask(piece, rows, keys)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, own_causal, attn_mask=added, scale=config.softmax_scale
+        q, k, v, 0.0, causal, attn_mask=additive, scale=piece.config.softmax_scale
     )
-    if added is not None:
-        nothing = (added == float("-inf")).all(-1)
-        out = out.masked_fill(nothing[..., None], 0.0)
-        lse = lse.masked_fill(nothing, float("-inf"))
-    return out, lse
+    if additive is not None:
+        if out.sum().isnan():
+            return _online_softmax(piece, rows, keys)
+        if not lse.all():  # the kernel's lse of a row that sees nothing is 0
+            hidden = (additive.amax(-1) == -_INF).expand(lse.shape)
+            lse = lse.masked_fill(hidden, -_INF)
+    return out[..., :head_dim_v], lse
 
 
-def _dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor with a contiguous last dimension, which the fused kernel takes for granted."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _fit_kernel(tensor: Tensor, head_dim: int) -> Tensor:
+    """Zero-pad the last dimension, and make it contiguous: the kernel takes its stride for 1."""
+    if tensor.shape[3] != head_dim:
+        return torch.nn.functional.pad(tensor, (0, head_dim - tensor.shape[3]))
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
-def _hidden(config: AttentionConfig, part: _Part, first: int, stop: int, low: int, high: int) -> Tensor | None:
-    """Pairs of a block that band or mask hides, broadcast to (B, Hq, queries, keys); None where there are none."""
-    left, right = config.band
-    shift = part.k.shape[2] - part.q.shape[2]
-    cut_left = left is not None and stop - 1 + shift - left > low
-    cut_right = right is not None and first + shift + right < high - 1
-    hidden = None
-    if cut_left or cut_right:
-        distance = torch.arange(low, high) - (torch.arange(first, stop) + shift)[:, None]
-        hidden = torch.zeros_like(distance, dtype=torch.bool)
-        if left is not None:
-            hidden |= distance < -left
-        if right is not None:
-            hidden |= distance > right
-        hidden = hidden[None, None]
-    if part.mask is not None:
-        masked = ~_slice(part.mask, first, stop, low, high)
-        hidden = masked if hidden is None else hidden | masked
-    return hidden
+def _additive_mask(piece: _Piece, rows: range, keys: range) -> Tensor | None:
+    """What the kernel adds to the scores of a block: bias and ALiBi, and -inf where nothing may be seen."""
+    visible, added = piece.visible(rows, keys), piece.added(rows, keys)
+    if added is None:
+        if visible is None:
+            return None
+        zero = torch.zeros((), dtype=piece.q.dtype)
+        return torch.where(visible, zero, zero - _INF)
+    if added.dtype != piece.q.dtype:
+        added = added.to(_accumulator(piece.q.dtype))
+    return added if visible is None else torch.where(visible, added, -_INF)
 
 
-def _slice(tensor: Tensor, first: int, stop: int, low: int, high: int) -> Tensor:
-    """A block of a mask or bias, broadcast dimensions left alone."""
-    if tensor.shape[2] > 1:
-        tensor = tensor[:, :, first:stop]
-    return tensor if tensor.shape[3] == 1 else tensor[..., low:high]
+def _block_side(piece: _Piece) -> int:
+    """Rows and keys of a square block of scores that is computed in torch operations."""
+    heads = piece.q.shape[0] * piece.q.shape[1]
+    return min(512, max(32, math.isqrt(_SCORES_IN_FLIGHT // max(1, heads))))
 
 
-def _block_scores(
-    config: AttentionConfig, part: _Part, q: Tensor, k: Tensor, first: int, low: int
-) -> tuple[Tensor, Tensor | None]:
-    """Scores of a block (B, Hq, queries, keys), -inf where hidden, and tanh of the capped ones for the backward."""
-    stop, high = first + q.shape[2], low + k.shape[2]
-    scores = torch.matmul(q, k.transpose(-1, -2)) * config.softmax_scale
-    capped = None
+def _online_softmax(piece: _Piece, rows: range, keys: range) -> tuple[Tensor, Tensor]:
+    """Algorithm 1, lines 5 to 14, for one block of queries."""
+    batch, heads = piece.q.shape[:2]
+    compute = _accumulator(piece.q.dtype)
+    highest = torch.full((batch, heads, len(rows)), -_INF, dtype=compute)
+    denominator = torch.zeros_like(highest)
+    numerator = torch.zeros((batch, heads, len(rows), piece.v.shape[3]), dtype=compute)
+    for block in _blocks(keys, _block_side(piece)):
+        scores, _ = _masked_scores(piece, rows, block)
+        raised = torch.maximum(highest, scores.amax(-1))
+        base = raised.masked_fill(raised == -_INF, 0.0)
+        weights = torch.exp(scores - base[..., None])
+        rescale = torch.exp(highest - base)
+        highest, denominator = raised, denominator * rescale + weights.sum(-1)
+        if piece.dropout_seed is not None:
+            weights = weights * piece.kept(rows, block)
+        numerator = numerator * rescale[..., None] + _times_shared(weights, _rows(piece.v, block))
+    nothing_visible = denominator == 0
+    out = numerator / denominator.masked_fill(nothing_visible, 1.0)[..., None]
+    return out.to(piece.q.dtype), (highest + torch.log(denominator)).masked_fill(nothing_visible, -_INF)
+
+
+def _masked_scores(piece: _Piece, rows: range, keys: range) -> tuple[Tensor, Tensor | None]:
+    """Scores of a block (B, Hq, rows, keys), -inf where hidden, and the tanh of softcap, which its gradient needs."""
+    config = piece.config
+    scores = _times_shared(_rows(piece.q, rows), _rows(piece.k, keys).transpose(2, 3)) * config.softmax_scale
+    tanh = None
     if config.softcap > 0:
-        capped = torch.tanh(scores / config.softcap)
-        scores = config.softcap * capped
-    if part.bias is not None:
-        scores = scores + _slice(part.bias, first, stop, low, high).to(scores.dtype)
-    if part.slopes is not None:
-        shift = part.k.shape[2] - part.q.shape[2]
-        distance = (torch.arange(low, high) - (torch.arange(first, stop) + shift)[:, None]).abs()
-        scores = scores - part.slopes.to(scores.dtype)[:, :, None, None] * distance
-    hidden = _hidden(config, part, first, stop, low, high)
-    return (scores if hidden is None else scores.masked_fill(hidden, float("-inf"))), capped
+        tanh = torch.tanh(scores / config.softcap)
+        scores = config.softcap * tanh
+    added, visible = piece.added(rows, keys), piece.visible(rows, keys)
+    if added is not None:
+        scores = scores + added
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -_INF)
+    return scores, tanh
 
 
-def _kept(config: AttentionConfig, part: _Part, scores: Tensor, first: int, low: int) -> Tensor | None:
-    """Which weights of a block dropout keeps."""
-    if part.seed is None:
-        return None
-    batch, heads, queries, keys = scores.shape
-    sequence = torch.arange(part.first_sequence, part.first_sequence + batch)
-    head = sequence[:, None] * heads + torch.arange(heads)
-    query, key = torch.arange(first, first + queries), torch.arange(low, low + keys)
-    return dropout_keep(part.seed, head[:, :, None, None], query[:, None], key, config.dropout_p)
+def _rows(tensor: Tensor, rows: range) -> Tensor:
+    """Some queries or keys of (B, H, S, ..) in the accumulator's dtype: a view where it has that already."""
+    return tensor[:, :, rows.start : rows.stop].to(_accumulator(tensor.dtype))
 
 
-def _key_blocks(part: _Part, low: int, high: int, compute: torch.dtype) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Blocks of keys and values with their heads repeated for the query heads."""
-    group = part.q.shape[1] // part.k.shape[1]
-    for start in range(low, high, _KEYS):
-        end = min(start + _KEYS, high)
-        k, v = (t[:, :, start:end].to(compute).repeat_interleave(group, dim=1) for t in (part.k, part.v))
-        yield start, end, k, v
+def _times_shared(per_query_head: Tensor, per_kv_head: Tensor) -> Tensor:
+    """(B, Hq, m, n) @ (B, Hk, n, p): the query heads of a group are rows of one product, K and V are not repeated."""
+    batch, heads_q, rows, _ = per_query_head.shape
+    return (_stack_group(per_query_head, per_kv_head.shape[1]) @ per_kv_head).view(batch, heads_q, rows, -1)
 
 
-def _online_softmax(
-    config: AttentionConfig, part: _Part, first: int, stop: int, low: int, high: int
-) -> tuple[Tensor, Tensor]:
-    """Queries [first, stop) over keys [low, high), one block of keys after the other (algorithm 1, lines 6 to 15)."""
-    compute = _compute_dtype(part.q)
-    q = part.q[:, :, first:stop].to(compute)
-    row_max = q.new_full(q.shape[:3], float("-inf"))
-    row_sum = q.new_zeros(q.shape[:3])
-    acc = q.new_zeros((*q.shape[:3], part.v.shape[-1]))
-    for start, _, k, v in _key_blocks(part, low, high, compute):
-        scores, _ = _block_scores(config, part, q, k, first, start)
-        new_max = torch.maximum(row_max, scores.amax(-1))
-        anchor = torch.where(new_max == float("-inf"), 0.0, new_max)
-        weights = torch.exp(scores - anchor[..., None])
-        decay = torch.exp(row_max - anchor)
-        row_sum = row_sum * decay + weights.sum(-1)
-        kept = _kept(config, part, scores, first, start)
-        if kept is not None:
-            weights = torch.where(kept, weights / (1 - config.dropout_p), 0.0)
-        acc = acc * decay[..., None] + torch.matmul(weights, v)
-        row_max = new_max
-    nothing = row_sum == 0
-    row_sum = torch.where(nothing, 1.0, row_sum)
-    lse = torch.where(nothing, float("-inf"), row_max + torch.log(row_sum))
-    return (acc / row_sum[..., None]).to(part.q.dtype), lse
+def _sum_over_group(weights: Tensor, per_query_head: Tensor, heads_kv: int) -> Tensor:
+    """(B, Hq, m, n).T @ (B, Hq, m, p), summed over the query heads of a group: (B, Hk, n, p)."""
+    return _stack_group(weights, heads_kv).transpose(2, 3) @ _stack_group(per_query_head, heads_kv)
+
+
+def _stack_group(tensor: Tensor, heads_kv: int) -> Tensor:
+    """(B, Hq, m, n) as (B, Hk, Hq / Hk * m, n)."""
+    batch, heads_q, rows, columns = tensor.shape
+    return tensor.reshape(batch, heads_kv, heads_q // heads_kv * rows, columns)
 
 
 def _differentiate(
-    config: AttentionConfig, part: _Part, lse: Tensor, d_out: Tensor, delta: Tensor, totals: dict[str, Tensor]
+    piece: _Piece,
+    gradients: _Piece,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
 ) -> None:
-    """Add one part's gradients to the totals (algorithm 2); d_out is (B, Hq, Sq, Dv), lse and delta (B, Hq, Sq)."""
-    compute = lse.dtype
-    group = part.q.shape[1] // part.k.shape[1]
-    anchor = torch.where(lse == float("-inf"), 0.0, lse)
-    d_q, d_k, d_v = part.rows_of(totals["q"]), part.keys_of(totals["k"]), part.keys_of(totals["v"])
-    for first in range(0, part.q.shape[2], _QUERIES):
-        stop = min(first + _QUERIES, part.q.shape[2])
-        rows = slice(first, stop)
-        q = part.q[:, :, rows].to(compute)
-        for start, end, k, v in _key_blocks(part, *_key_range(config, part, first, stop), compute):
-            scores, capped = _block_scores(config, part, q, k, first, start)
-            weights = torch.exp(scores - anchor[:, :, rows, None])
-            d_weights = torch.matmul(d_out[:, :, rows], v.transpose(-1, -2))
-            dropped = weights
-            kept = _kept(config, part, scores, first, start)
-            if kept is not None:
-                dropped = torch.where(kept, weights / (1 - config.dropout_p), 0.0)
-                d_weights = torch.where(kept, d_weights / (1 - config.dropout_p), 0.0)
-            d_scores = weights * (d_weights - delta[:, :, rows, None])
-            if part.bias is not None:
-                _add_reduced(totals["bias"], part, d_scores, first, stop, start, end)
-            if capped is not None:
-                d_scores = d_scores * (1 - capped * capped)
-            d_scores = d_scores * config.softmax_scale
-            d_v[:, start:end] += _sum_group(torch.matmul(dropped.transpose(-1, -2), d_out[:, :, rows]), group)
-            d_k[:, start:end] += _sum_group(torch.matmul(d_scores.transpose(-1, -2), q), group)
-            d_q[:, rows] += torch.matmul(d_scores, k).transpose(1, 2)
-    if part.sinks is not None:
-        sink = part.sinks.to(compute)[:, None]
-        totals["sinks"] -= torch.where(lse == float("-inf"), 0.0, torch.exp(sink - anchor) * delta).sum((0, 2))
-
-
-def _sum_group(gradient: Tensor, group: int) -> Tensor:
-    """(B, Hq, S, D) to (B, S, Hk, D), summed over the query heads of each key head."""
-    batch, heads, rows, dim = gradient.shape
-    return gradient.view(batch, heads // group, group, rows, dim).sum(2).transpose(1, 2)
-
-
-def _add_reduced(total: Tensor, part: _Part, d_scores: Tensor, first: int, stop: int, start: int, end: int) -> None:
-    """Add a block's score gradients to the bias gradient, summed over the bias's broadcast dimensions."""
-    target = total if part.bias is None or total.shape[0] == part.bias.shape[0] else total[part.rows[0]]
-    target = _slice(target, first, stop, start, end)
-    broadcast = [dim for dim in range(4) if target.shape[dim] == 1 and d_scores.shape[dim] > 1]
-    target += d_scores.sum(broadcast, keepdim=True) if broadcast else d_scores
+    """Algorithm 2 on one piece: adds to the views of the gradient buffers that ``gradients`` holds."""
+    heads_kv = piece.k.shape[1]
+    whole = range(piece.q.shape[2])
+    delta = (_rows(grad_out, whole) * _rows(out, whole)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse  # d lse / d score is the softmax as well
+    lse = lse.masked_fill(lse == -_INF, _INF)  # so that the weights of rows that see nothing are exp(-inf)
+    if piece.sinks is not None and gradients.sinks is not None:
+        gradients.sinks.sub_((torch.exp(piece.sinks.to(lse.dtype)[:, None] - lse) * delta).sum((0, 2)))
+    side = _block_side(piece)
+    for keys in _blocks(range(piece.k.shape[2]), side):
+        k, v = _rows(piece.k, keys), _rows(piece.v, keys)
+        for rows in _blocks(piece.seeing_queries(keys), side):
+            q, grad_rows = _rows(piece.q, rows), _rows(grad_out, rows)
+            scores, tanh = _masked_scores(piece, rows, keys)
+            weights = torch.exp(scores - _rows(lse, rows)[..., None])
+            grad_weights = _times_shared(grad_rows, v.transpose(2, 3))
+            used = weights
+            if piece.dropout_seed is not None:
+                kept = piece.kept(rows, keys)
+                used, grad_weights = weights * kept, grad_weights * kept
+            _rows(gradients.v, keys).add_(_sum_over_group(used, grad_rows, heads_kv))
+            grad_scores = weights * (grad_weights - _rows(delta, rows)[..., None])
+            if gradients.bias is not None:
+                part = _block(gradients.bias, rows, keys)
+                part.add_(grad_scores.sum_to_size(part.shape))
+            if tanh is not None:
+                grad_scores = grad_scores * (1 - tanh.square())
+            grad_scores = grad_scores * piece.config.softmax_scale
+            _rows(gradients.q, rows).add_(_times_shared(grad_scores, k))
+            _rows(gradients.k, keys).add_(_sum_over_group(grad_scores, q, heads_kv))
