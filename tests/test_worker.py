@@ -311,6 +311,7 @@ class TestCommand:
         result = command("--model", folder, "z" * 200)
         assert result.exit_code == 2
         assert "Error: prompt: got 201 tokens, needs fewer than 96" in result.stderr
+        assert "zzz" not in result.stderr
 
     def test_a_broken_folder_is_one_sentence(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')

@@ -209,7 +209,7 @@ def generate(
 
         from regard.registry import registry
         from regard.worker import models
-        from regard.worker.generate import Request, tune_threads
+        from regard.worker.generate import Request, encode, tune_threads
         from regard.worker.generate import compare as compare_with
         from regard.worker.generate import generate as run
 
@@ -229,8 +229,10 @@ def generate(
             elif place.type == "cpu":
                 threads = tune_threads(loaded)
             loading = time.perf_counter() - started
-            console.print(prompt, style="dim", end="\n" if loaded.has_chat_template and chat is not False else "",
-                          markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+            encode(loaded, request)  # what is wrong with the prompt is said before it is shown
+            shown = prompt if len(prompt) <= 400 else "…" + prompt[-200:]
+            end = "\n" if loaded.has_chat_template and chat is not False else ""
+            console.print(shown, style="dim", end=end, markup=False, highlight=False, soft_wrap=True)
             result = run(loaded, request, lambda text: typer.echo(text, nl=False))
             typer.echo()
             _print_generation(console, result, loading, threads)

@@ -237,7 +237,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _attend(piece: _Piece) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of one piece."""
+    """Out (B, Hq, Sq, Dv) and lse (B, Hq, Sq) of one piece."""
     config, q, k = piece.config, piece.q, piece.k
     if q.shape[2] == 0 or k.shape[2] == 0:
         out, lse = _nothing_visible(piece, q.shape[2])

@@ -68,7 +68,8 @@ FORWARD: dict[tuple[str, int, int], tuple[Rule, ...]] = {
     ("sm89", 2, 64): _rules(128, 64, 4, 2),
     ("sm89", 2, 128): _rules(128, 32, 8, 2),
     ("sm89", 2, 256): _rules(64, 64, 8, 1),
-    # Measured on an H200: two or more small programs on a multiprocessor overlap one's softmax with the other's products.
+    # Measured on an H200: two or more small programs on a multiprocessor overlap one's softmax with the other's
+    # products.
     # Rows that cannot be copied asynchronously go through registers, where Triton 3.6's wgmma gives wrong results for
     # some pairs of head dims (40 with 24); 32 queries a tile select the older matrix instruction, which does not.
     ("sm90", 2, 64): (
