@@ -65,7 +65,7 @@ FORWARD: dict[tuple[str, int, int], tuple[Rule, ...]] = {
     ("sm80", 2, 64): _rules(128, 64, 4, 3),
     ("sm80", 2, 128): _rules(128, 64, 8, 2),
     ("sm80", 2, 256): _rules(64, 64, 8, 2),
-    ("sm89", 2, 64): _rules(128, 64, 4, 2),
+    ("sm89", 2, 64): _rules(128, 64, 8, 2),
     ("sm89", 2, 128): _rules(128, 32, 8, 2),
     ("sm89", 2, 256): _rules(64, 64, 8, 1),
     # Measured on an H200: two or more small programs on a multiprocessor overlap one's softmax with the other's
@@ -86,7 +86,7 @@ FORWARD: dict[tuple[str, int, int], tuple[Rule, ...]] = {
     ("sm100", 2, 64): _rules(128, 64, 8, 3),
     ("sm100", 2, 128): _rules(128, 64, 8, 2),
     ("sm100", 2, 256): _rules(128, 32, 8, 2),
-    ("sm120", 2, 64): _rules(128, 64, 4, 2),
+    ("sm120", 2, 64): _rules(128, 64, 8, 2),
     ("sm120", 2, 128): _rules(128, 32, 8, 2),
     ("sm120", 2, 256): _rules(64, 64, 8, 1),
     ("gfx90a", 2, 64): _rules(128, 64, 4, 1),
