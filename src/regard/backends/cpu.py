@@ -42,11 +42,10 @@ class CpuBackend:
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
         return config.kv_layout
 
-    @torch.no_grad()
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
         inputs = gather_pages(inputs)
         spans = _spans(config, inputs)
-        if len(spans) == 1 and not config.varlen and not config.kv_lens:
+        if spans == [_WHOLE]:
             out, lse = _attend(_Piece.of(config, inputs, spans[0]))
             return out.transpose(1, 2), lse
         q = inputs.q
@@ -95,27 +94,38 @@ class _Span:
     Its methods return views (B, H, S, D), so gradients are written through them as well.
     """
 
-    sequences: slice
-    keys: slice
+    sequences: slice | None = None  # None: the whole batch at full length
+    keys: slice | None = None
     rows: slice | None = None  # of packed sequences
 
     def queries(self, tensor: Tensor) -> Tensor:
-        own = tensor[self.sequences] if self.rows is None else tensor[None, self.rows]
-        return own.transpose(1, 2)
+        if self.rows is not None:
+            tensor = tensor[None, self.rows]
+        elif self.sequences is not None:
+            tensor = tensor[self.sequences]
+        return tensor.transpose(1, 2)
 
     def keys_of(self, tensor: Tensor) -> Tensor:
-        own = tensor[self.sequences, self.keys] if self.rows is None else tensor[None, self.keys]
-        return own.transpose(1, 2)
+        if self.rows is not None:
+            tensor = tensor[None, self.keys]
+        elif self.sequences is not None:
+            tensor = tensor[self.sequences, self.keys]
+        return tensor.transpose(1, 2)
 
     def rows_of_lse(self, tensor: Tensor) -> Tensor:
-        return tensor[self.sequences] if self.rows is None else tensor[None, :, self.rows]
+        if self.rows is not None:
+            return tensor[None, :, self.rows]
+        return tensor if self.sequences is None else tensor[self.sequences]
 
     def pairs(self, tensor: Tensor | None) -> Tensor | None:
         """Of a mask or bias, broadcast dimensions kept at size 1."""
-        if tensor is None:
-            return None
+        if tensor is None or self.sequences is None:
+            return tensor
         tensor = tensor if tensor.shape[0] == 1 else tensor[self.sequences]
         return tensor if tensor.shape[3] == 1 else tensor[..., self.keys]
+
+
+_WHOLE = _Span()
 
 
 def _spans(config: AttentionConfig, inputs: AttentionInputs) -> list[_Span]:
@@ -129,7 +139,7 @@ def _spans(config: AttentionConfig, inputs: AttentionInputs) -> list[_Span]:
         capacity = config.seqlen_k
         lengths = [min(max(length, 0), capacity) for length in inputs.kv_lens.tolist()]
         return [_Span(slice(i, i + 1), slice(0, length)) for i, length in enumerate(lengths)]
-    return [_Span(slice(0, config.batch), slice(0, config.seqlen_k))]
+    return [_WHOLE]
 
 
 @dataclass(frozen=True)
@@ -152,10 +162,11 @@ class _Piece:
         slopes = inputs.alibi_slopes
         if slopes is not None:
             slopes = slopes.to(_accumulator(inputs.q.dtype))
-            slopes = (slopes[None] if slopes.ndim == 1 else slopes[span.sequences])[:, :, None, None]
+            slopes = slopes.expand(config.batch, -1)[span.sequences or slice(None), :, None, None]
         return cls(
             config, span.queries(inputs.q), span.keys_of(inputs.k), span.keys_of(inputs.v), span.pairs(inputs.mask),
-            span.pairs(inputs.bias), slopes, inputs.sinks, inputs.dropout_seed, span.sequences.start,
+            span.pairs(inputs.bias), slopes, inputs.sinks, inputs.dropout_seed,
+            0 if span.sequences is None else span.sequences.start,
         )  # fmt: skip
 
     @property
@@ -223,8 +234,13 @@ _AttendBlock = Callable[[_Piece, range, range], tuple[Tensor, Tensor]]
 def _block(tensor: Tensor, rows: range, keys: range) -> Tensor:
     """Cut a block out of (B, H, Sq or 1, Sk or 1)."""
     if tensor.shape[2] != 1:
-        tensor = tensor[:, :, rows.start : rows.stop]
-    return tensor if tensor.shape[3] == 1 else tensor[..., keys.start : keys.stop]
+        tensor = _narrow(tensor, rows)
+    return tensor if tensor.shape[3] in (1, len(keys)) else tensor[..., keys.start : keys.stop]
+
+
+def _narrow(tensor: Tensor, rows: range) -> Tensor:
+    """Some queries or keys of (B, H, S, ..), as a view."""
+    return tensor if len(rows) == tensor.shape[2] else tensor[:, :, rows.start : rows.stop]
 
 
 def _blocks(whole: range, size: int) -> Iterator[range]:
@@ -262,10 +278,10 @@ def _nothing_visible(piece: _Piece, rows: int) -> tuple[Tensor, Tensor]:
 def _attend_fused(piece: _Piece) -> tuple[Tensor, Tensor]:
     """Attention without softcap and dropout, by torch's fused kernel."""
     config = piece.config
-    if config.return_lse or config.requires_grad or piece.sinks is not None:
-        # Its exponentials are coarse in half precision, good enough for out but not for lse; float32 is as fast.
-        compute = _accumulator(piece.q.dtype)
-        piece = replace(piece, q=piece.q.to(compute), k=piece.k.to(compute), v=piece.v.to(compute))
+    wants_lse = config.return_lse or config.requires_grad or piece.sinks is not None
+    if piece.q.dtype == torch.float16 or (piece.q.dtype == torch.bfloat16 and wants_lse):
+        # In half precision its exponentials are coarse: good enough for out but not for lse. And float16 is slow.
+        piece = replace(piece, q=piece.q.float(), k=piece.k.float(), v=piece.v.float())
     q, k = piece.q, piece.k
     left, right = config.band
     unlimited = left is None and right is None
@@ -280,15 +296,13 @@ def _attend_fused(piece: _Piece) -> tuple[Tensor, Tensor]:
 def _fused_rows(piece: _Piece) -> int:
     """Rows of a query block: an additive mask of bounded size, few keys outside the window."""
     left, right = piece.config.band
-    span = piece.k.shape[2]
-    if left is not None and right is not None:
-        span = min(span, left + right + 1)
-    heads = 1
-    for tensor in (piece.mask, piece.bias, piece.slopes):
-        if tensor is not None:
-            heads = max(heads, tensor.shape[0] * tensor.shape[1])
-    rows = max(_FUSED_ROWS, _ADDITIVE_IN_FLIGHT // (heads * max(1, span)))
-    return rows if left is None and right is None else min(rows, max(_FUSED_ROWS, span // 2))
+    windowed = left is not None and right is not None
+    span = min(piece.k.shape[2], left + right + 1) if left is not None and right is not None else piece.k.shape[2]
+    heads = max([1, *(t.shape[0] * t.shape[1] for t in (piece.mask, piece.bias, piece.slopes) if t is not None)])
+    rows = max(_FUSED_ROWS, _ADDITIVE_IN_FLIGHT // (heads * span))
+    if left is None and right is None:
+        return rows
+    return min(rows, max(_FUSED_ROWS, (span if windowed else piece.q.shape[2]) // 4))
 
 
 def _by_query_blocks(piece: _Piece, attend_block: _AttendBlock, rows_in_block: int) -> tuple[Tensor, Tensor]:
@@ -304,22 +318,26 @@ def _by_query_blocks(piece: _Piece, attend_block: _AttendBlock, rows_in_block: i
 
 def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = False) -> tuple[Tensor, Tensor]:
     """One call of the fused kernel; where a NaN may have leaked from a hidden key, the block again by algorithm 1."""
-    q = piece.q[:, :, rows.start : rows.stop]
-    k, v = (t[:, :, keys.start : keys.stop] for t in (piece.k, piece.v))
+    q, k, v = _narrow(piece.q, rows), _narrow(piece.k, keys), _narrow(piece.v, keys)
     head_dim, head_dim_v = q.shape[3], v.shape[3]
     widest = max(head_dim, head_dim_v)  # the kernel has one head dim: zeros change neither scores nor values
-    q, k, v = (_fit_kernel(t, widest) for t in (q, k, v))
-    additive = _additive_mask(piece, rows, keys)
+    q, k, v = _fit_kernel(q, widest), _fit_kernel(k, widest), _fit_kernel(v, widest)
+    additive = None if causal else _additive_mask(piece, rows, keys)
+    alone = len(rows) == 1 and q.dtype == torch.bfloat16
+    if alone:  # its product of a single bfloat16 row is several times slower than that of a few
+        q = q.expand(-1, -1, 4, -1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=additive, scale=piece.config.softmax_scale
     )
+    if alone:
+        out, lse = out[:, :, :1], lse[:, :, :1]
     if additive is not None:
         if out.sum().isnan():
             return _online_softmax(piece, rows, keys)
         if not lse.all():  # the kernel's lse of a row that sees nothing is 0
             hidden = (additive.amax(-1) == -_INF).expand(lse.shape)
             lse = lse.masked_fill(hidden, -_INF)
-    return out[..., :head_dim_v], lse
+    return (out if widest == head_dim_v else out[..., :head_dim_v]), lse
 
 
 def _fit_kernel(tensor: Tensor, head_dim: int) -> Tensor:
@@ -388,7 +406,7 @@ def _masked_scores(piece: _Piece, rows: range, keys: range) -> tuple[Tensor, Ten
 
 def _rows(tensor: Tensor, rows: range) -> Tensor:
     """Some queries or keys of (B, H, S, ..) in the accumulator's dtype: a view where it has that already."""
-    return tensor[:, :, rows.start : rows.stop].to(_accumulator(tensor.dtype))
+    return _narrow(tensor, rows).to(_accumulator(tensor.dtype))
 
 
 def _times_shared(per_query_head: Tensor, per_kv_head: Tensor) -> Tensor:
