@@ -1,7 +1,7 @@
 # make demo, make test: each does all of its own set-up in .venv; a second run is fast.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-PROMPT ?= Explain in one sentence what attention does in a language model.
+PROMPT ?= Here is a simple recipe for pancakes:
 
 VENV   := .venv
 OLDEST := .venv-triton-oldest
