@@ -21,6 +21,7 @@ from regard.errors import Reason
 from regard.registry import Gradients
 
 _INF = float("inf")
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _SCORES_IN_FLIGHT = 2**20  # scores that a step in torch operations holds at once, over all heads
 _ADDITIVE_IN_FLIGHT = 2**21  # elements of the additive mask made for one call of the fused kernel
 _FUSED_ROWS = 256  # fewest rows for which the fused kernel works at full speed
@@ -43,6 +44,10 @@ class CpuBackend:
         return config.kv_layout
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
+        if _is_one_kernel_call(config, inputs):  # first, since decode notices every microsecond
+            q, k, v = inputs.q.transpose(1, 2), inputs.k.transpose(1, 2), inputs.v.transpose(1, 2)
+            out, lse = _kernel(q, k, v, 0.0, config.causal and config.seqlen_q > 1, scale=config.softmax_scale)
+            return out.transpose(1, 2), lse
         inputs = gather_pages(inputs)
         spans = _spans(config, inputs)
         if spans == [_WHOLE]:
@@ -85,6 +90,21 @@ class CpuBackend:
                 None if grad_lse is None else span.rows_of_lse(grad_lse),
             )
         return {name: gradient.to(getattr(inputs, name).dtype) for name, gradient in found.items()}
+
+
+def _is_one_kernel_call(config: AttentionConfig, inputs: AttentionInputs) -> bool:
+    """Whether q, k and v can go to the fused kernel as they are, without anything that `_attend` decides."""
+    return (
+        (config.dtype.itemsize >= 4 or (config.dtype == torch.bfloat16 and not _needs_exact_lse(config)))
+        and not any(tensor is not None for tensor in inputs[3:])
+        and config.window is None
+        and config.softcap == 0
+        and config.head_dim == config.head_dim_v
+        and (not config.causal or config.seqlen_q in (1, config.seqlen_k))
+        and (not config.causal or config.softmax_scale > 0)
+        and inputs.q.stride(3) == inputs.k.stride(3) == inputs.v.stride(3) == 1
+        and not config.is_empty
+    )
 
 
 @dataclass(frozen=True)
@@ -278,8 +298,7 @@ def _nothing_visible(piece: _Piece, rows: int) -> tuple[Tensor, Tensor]:
 def _attend_fused(piece: _Piece) -> tuple[Tensor, Tensor]:
     """Attention without softcap and dropout, by torch's fused kernel."""
     config = piece.config
-    wants_lse = config.return_lse or config.requires_grad or piece.sinks is not None
-    if piece.q.dtype == torch.float16 or (piece.q.dtype == torch.bfloat16 and wants_lse):
+    if piece.q.dtype == torch.float16 or (piece.q.dtype == torch.bfloat16 and _needs_exact_lse(config)):
         # In half precision its exponentials are coarse: good enough for out but not for lse. And float16 is slow.
         piece = replace(piece, q=piece.q.float(), k=piece.k.float(), v=piece.v.float())
     q, k = piece.q, piece.k
@@ -291,6 +310,10 @@ def _attend_fused(piece: _Piece) -> tuple[Tensor, Tensor]:
         if unlimited or causal:
             return _fused_or_online(piece, range(q.shape[2]), range(k.shape[2]), causal)
     return _by_query_blocks(piece, _fused_or_online, _fused_rows(piece))
+
+
+def _needs_exact_lse(config: AttentionConfig) -> bool:
+    return config.return_lse or config.requires_grad or config.sinks
 
 
 def _fused_rows(piece: _Piece) -> int:
@@ -326,13 +349,11 @@ def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = Fal
     alone = len(rows) == 1 and q.dtype == torch.bfloat16
     if alone:  # its product of a single bfloat16 row is several times slower than that of a few
         q = q.expand(-1, -1, 4, -1)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=additive, scale=piece.config.softmax_scale
-    )
+    out, lse = _kernel(q, k, v, 0.0, causal, attn_mask=additive, scale=piece.config.softmax_scale)
     if alone:
         out, lse = out[:, :, :1], lse[:, :, :1]
     if additive is not None:
-        if out.sum().isnan():
+        if lse.sum().isnan():
             return _online_softmax(piece, rows, keys)
         if not lse.all():  # the kernel's lse of a row that sees nothing is 0
             hidden = (additive.amax(-1) == -_INF).expand(lse.shape)
@@ -353,8 +374,7 @@ def _additive_mask(piece: _Piece, rows: range, keys: range) -> Tensor | None:
     if added is None:
         if visible is None:
             return None
-        zero = torch.zeros((), dtype=piece.q.dtype)
-        return torch.where(visible, zero, zero - _INF)
+        return torch.where(visible, 0.0, -_INF).to(_accumulator(piece.q.dtype))
     if added.dtype != piece.q.dtype:
         added = added.to(_accumulator(piece.q.dtype))
     return added if visible is None else torch.where(visible, added, -_INF)

@@ -1,0 +1,93 @@
+"""What the conformance cases do not reach: long rows, memory, NaN under a mask, the backward by itself."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import regard
+from regard.backends.cpu import CpuBackend
+from regard.backends.reference import ReferenceBackend
+from regard.config import AttentionConfig, AttentionInputs
+
+
+def both(q, k, v, **arguments):
+    return [regard.attention(q, k, v, backend=name, return_lse=True, **arguments) for name in ("cpu", "reference")]
+
+
+def test_reasons():
+    sizes = dict(batch=1, seqlen_q=4, seqlen_k=8, heads_q=2, heads_kv=1, head_dim=8, arch="cpu")
+    backend = CpuBackend()
+    assert not backend.unsupported_reasons(AttentionConfig(**sizes, kv_lens=True, page_size=4))
+    for fields, code in (
+        (dict(device="cuda"), "device"),
+        (dict(kv_lens=True, page_size=4, requires_grad=True), "backward"),
+    ):
+        assert [reason.code for reason in backend.unsupported_reasons(AttentionConfig(**sizes, **fields))] == [code]
+
+
+@pytest.mark.parametrize("band", [{}, {"causal": True}, {"window": (300, 10)}, {"window": (None, 3)}])
+def test_rows_hidden_over_several_key_blocks(band):
+    """Rows hidden for the first key blocks only, and rows hidden for all of them, longer than the kernel's blocks."""
+    q, k, v = torch.randn(1, 601, 2, 16), torch.randn(1, 1301, 1, 16), torch.randn(1, 1301, 1, 16)
+    mask = torch.rand(1, 1, 601, 1301) < 0.5
+    mask[..., 5, :] = False
+    mask[..., 7, :900] = False
+    (out, lse), (expected, expected_lse) = both(q, k, v, mask=mask, **band)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    assert lse[0, 0, 5] == float("-inf") and not out[0, 5].any()
+
+
+def test_nan_of_a_hidden_key_does_not_leak():
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    k[:, 4] = float("nan")
+    mask = torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    mask[..., 4] = False
+    (out, lse), (expected, expected_lse) = both(q, k, v, mask=mask)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_causal_with_a_scale_that_is_not_positive(scale):
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    (out, _), (expected, _) = both(q, k, v, causal=True, softmax_scale=scale)
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_window_makes_no_square_of_scores():
+    length = 20_000
+    q, k, v = (torch.randn(1, length, 1, 8) for _ in range(3))
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        regard.attention(q, k, v, window=(64, 0), backend="cpu")
+    assert max(event.cpu_memory_usage for event in profile.events()) < length * length / 8
+
+
+def test_backward_in_float64_with_everything():
+    """Blocks of several sizes, every input that has a gradient, against the reference to float64's precision."""
+    torch.manual_seed(1)
+    shape = dict(dtype=torch.float64)
+    inputs = AttentionInputs(
+        q=torch.randn(2, 130, 4, 12, **shape),
+        k=torch.randn(2, 700, 2, 12, **shape),
+        v=torch.randn(2, 700, 2, 20, **shape),
+        mask=torch.rand(1, 4, 130, 1) < 0.9,
+        bias=torch.randn(2, 1, 1, 700, **shape),
+        alibi_slopes=torch.rand(4, **shape),
+        sinks=torch.randn(4, **shape),
+        kv_lens=torch.tensor([650, 700], dtype=torch.int32),
+        dropout_seed=torch.tensor([5]),
+    )
+    arguments = {name: t for name, t in inputs._asdict().items() if name != "dropout_seed" and t is not None}
+    config = AttentionConfig.from_tensors(
+        **arguments, causal=True, window=(600, 0), softcap=3.0, dropout_p=0.2, return_lse=True
+    )
+    config = dataclasses.replace(config, requires_grad=True)
+    out, lse = CpuBackend().forward(config, inputs)
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    found = CpuBackend().backward(config, inputs, out, lse, grad_out, grad_lse)
+    expected = ReferenceBackend().backward(config, inputs, out, lse, grad_out, grad_lse)
+    assert set(found) == {"q", "k", "v", "bias", "sinks"}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-11)
