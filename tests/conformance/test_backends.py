@@ -6,6 +6,10 @@ import torch
 import regard
 from regard.testing import CASES, REPEATED_CASES, check_backward, check_forward, check_repeatable
 
+# A peer's own numbers, not ours to mend: strict, so that a torch that mends it is noticed.
+KNOWN = {
+    "sdpa-large_logits-float32": "torch's fused CPU backward loses twice the allowed precision in dv at scores near 200"
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -32,7 +36,10 @@ def test_forward(backend, case, dtype, record_property):
 
 
 @pytest.mark.parametrize("backend, case, dtype", parameters([case for case in CASES if case.gradients]))
-def test_backward(backend, case, dtype, record_property):
+def test_backward(backend, case, dtype, record_property, request):
+    known = KNOWN.get(request.node.callspec.id)
+    if known is not None and DEVICE == "cpu":
+        request.applymarker(pytest.mark.xfail(reason=known, raises=AssertionError, strict=True))
     passed_or_refused(check_backward(backend, case, DEVICE, dtype), record_property)
 
 
