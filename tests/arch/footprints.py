@@ -91,7 +91,6 @@ FEATURE_ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942", "gfx1100", "gfx1201"
 HEAD_DIMS: dict[str, dict[str, Any]] = {
     "d40-mqa": dict(head_dim=40, heads_kv=1, causal=True),  # rows at multiples of 80 bytes
     "d80": dict(head_dim=80, causal=True),
-    "d96": dict(head_dim=96),
     "d192-dv128": dict(head_dim=192, head_dim_v=128, causal=True),
 }
 
@@ -110,20 +109,19 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
     for (entry_arch, itemsize, head_dim), rules in KERNELS[kernel].table.items():
         if entry_arch != arch:
             continue
-        lengths = sorted({_SEQLEN, *(rule.min_seqlen_k for rule in rules if rule.min_seqlen_k)})
-        for length in lengths:
-            sizes = dict(head_dim=head_dim, seqlen_q=length, seqlen_k=length)
-            suffix = "" if length == _SEQLEN else f" k{length}"
-            if itemsize == 2:
-                add(f"d{head_dim} plain{suffix}", torch.bfloat16, **sizes)
-                add(f"d{head_dim} causal{suffix}", torch.bfloat16, causal=True, **sizes)
-                if head_dim == 128:
-                    add(f"d{head_dim} causal{suffix}", torch.float16, causal=True, **sizes)
-            else:
-                add(f"d{head_dim} causal{suffix}", torch.float32, causal=True, **sizes)
+        dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+        if itemsize == 2:
+            add(f"d{head_dim} plain", dtype, head_dim=head_dim)
+        add(f"d{head_dim} causal", dtype, head_dim=head_dim, causal=True)
+        if itemsize == 2 and head_dim == 128:
+            add(f"d{head_dim} causal", torch.float16, head_dim=head_dim, causal=True)
+        for length, only in sorted({(rule.min_seqlen_k, rule.causal) for rule in rules if rule.min_seqlen_k}):
+            for causal in (False, True) if only is None else (only,):
+                name = f"d{head_dim} {'causal' if causal else 'plain'} k{length}"
+                add(name, dtype, head_dim=head_dim, seqlen_q=length, seqlen_k=length, causal=causal)
         if any(rule.aligned is False for rule in rules):
             add(f"d{head_dim - 8}-mqa unaligned", torch.bfloat16, head_dim=head_dim - 8, heads_kv=1)
-        if itemsize == 2:
+        if itemsize == 2 and (head_dim == 128 or arch in FEATURE_ARCHITECTURES):
             add(f"d{head_dim} everything", torch.bfloat16, head_dim=head_dim, **EVERYTHING)
     add("d64 everything", torch.float32, head_dim=64, **EVERYTHING)
     if arch in FEATURE_ARCHITECTURES:
