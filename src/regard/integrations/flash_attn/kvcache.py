@@ -1,0 +1,254 @@
+"""Attention over key/value caches: `flash_attn_with_kvcache`, and packed queries over paged keys.
+
+Every cache is read as a paged one: a contiguous cache (B, S, Hk, D) has one page a sequence, of S keys; with
+``cache_leftpad`` it has pages of one key, so that a sequence can begin anywhere in its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.api import attention, paged_attention
+from regard.errors import ConfigError, Reason, UnsupportedError
+from regard.integrations.flash_attn.positions import check_range, page_and_row, sequence_and_position
+from regard.integrations.flash_attn.rotary import check_tables, rotate
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Append new keys and values to a cache in place, then attend over what it holds.
+
+    Args:
+        q: (B, Sq, Hq, D). The last query sits at the last key held.
+        k_cache, v_cache: (B, S, Hk, D); with ``cache_batch_idx`` any number of rows; with ``block_table``
+            (num_pages, page_size, Hk, D). Any strides.
+        k, v: (B, Snew, Hk, D), written behind the ``cache_seqlens`` keys held so far. None: nothing is appended.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2) with at least as many positions as a sequence can hold.
+            Need k: rotates k at its positions and q at the positions from ``cache_seqlens`` on; where neither
+            ``causal`` nor ``window_size`` orders the queries, all of them at ``cache_seqlens``.
+        cache_seqlens: keys held for each sequence before the call, an int or int32 (B,), left padding included. None:
+            as many as fit. Required with k.
+        cache_batch_idx: int32 (B,), the row of the cache that is each sequence's. Where rows repeat and k is given,
+            any of the new keys may end up in the row.
+        cache_leftpad: int32 (B,), keys at the start of each sequence that do not count.
+        block_table: int32 (B, pages a sequence), the pages of each sequence in order; not with ``cache_batch_idx``.
+        rotary_interleaved: rotate elements (0, 1), (2, 3), ...; else (0, rotary_dim / 2), ...
+        num_splits: accepted, at least 0; the backend divides the keys among multiprocessors as it sees fit.
+        return_softmax_lse: also return softmax_lse.
+
+    The other arguments are those of `flash_attn_func`.
+
+    Returns:
+        out (B, Sq, Hq, D); with ``return_softmax_lse`` also softmax_lse, float32 (B, Hq, Sq). Neither has a gradient:
+        a backward that reaches them raises.
+
+    Raises:
+        ConfigError: an argument is malformed. On the CPU also for lengths, rows and pages that do not exist; on a GPU
+            those are clamped, to spare a synchronisation.
+    """
+    if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 0:
+        raise ConfigError("num_splits", repr(num_splits), "an int of at least 0")
+    window = window_of(window_size)
+    pages = _pages(k_cache, block_table, cache_batch_idx, batch=q.shape[0])
+    capacity = pages.shape[1] * k_cache.shape[1]
+    held = _lengths("cache_seqlens", capacity if cache_seqlens is None else cache_seqlens, q)
+    wants_gradient = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (q, k_cache, v_cache, k, v)
+    )
+    with torch.no_grad():
+        if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
+            new_k, new_v = _check_new(q, k_cache, v_cache, k, v, cache_seqlens)
+            check_range("cache_seqlens", held, 0, capacity - new_k.shape[1])
+            if rotary_cos is not None or rotary_sin is not None:
+                ordered = causal or window is not None
+                angles = _check_tables(rotary_cos, rotary_sin, q, capacity)
+                q, new_k = _rotate(q, new_k, angles, held, ordered, rotary_interleaved)
+            _append(k_cache, v_cache, new_k, new_v, pages, held)
+            held = held + new_k.shape[1]
+        options = dict(
+            causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes
+        )
+        if cache_leftpad is not None:
+            leftpad = _lengths("cache_leftpad", cache_leftpad, q)
+            k_cache, v_cache, pages = _pages_of_one_key(k_cache, v_cache, pages, leftpad)
+            held = (held - leftpad).clamp_min(0)
+        if block_table is None and cache_batch_idx is None and cache_leftpad is None:
+            out, lse = attention(q, k_cache, v_cache, kv_lens=held, **options, return_lse=True)
+        else:
+            out, lse = paged_attention(q, k_cache, v_cache, pages, held, **options, return_lse=True)
+    if wants_gradient:
+        out, lse = _WithoutGradient.apply(  # type: ignore[no-untyped-call]
+            out, lse, torch.empty(0, device=q.device, requires_grad=True)
+        )
+    return (out, lse) if return_softmax_lse else out
+
+
+def attention_over_pages(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Packed queries (total_q, Hq, D) over a paged cache, without a gradient.
+
+    The queries are padded to one length from the left, which leaves the last of each sequence at its last key.
+
+    Returns:
+        out (total_q, Hq, D) and lse (Hq, total_q).
+    """
+    sequence, position = sequence_and_position(cu_seqlens_q, q.shape[0])
+    row = position + (max_seqlen_q - cu_seqlens_q.diff()[sequence])
+    check_range("max_seqlen_q", row, 0, max_seqlen_q - 1)
+    padded = q.new_zeros((cu_seqlens_q.numel() - 1, max_seqlen_q, *q.shape[1:]))
+    padded[sequence, row] = q
+    out, lse = paged_attention(padded, k_cache, v_cache, block_table, cu_seqlens_k.diff(), **options, return_lse=True)
+    return out[sequence, row], lse[sequence, :, row].T
+
+
+def keys_of_pages(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of the keys and values of a paged cache, packed (total_k, Hk, D). Differentiable."""
+    sequence, position = sequence_and_position(cu_seqlens_k, int(cu_seqlens_k[-1]))
+    page, row = page_and_row(block_table[sequence], k_cache.shape[1], position[:, None], k_cache.shape[0])
+    return k_cache[page, row].squeeze(1), v_cache[page, row].squeeze(1)
+
+
+def window_of(window_size: Sequence[int] | Tensor) -> tuple[int | None, int | None] | None:
+    """flash-attn's (left, right), where a negative bound is unlimited, as `regard.attention` takes it."""
+    if len(window_size) != 2:
+        raise ConfigError("window_size", window_size, "a pair (left, right)")
+    left, right = (None if bound < 0 else int(bound) for bound in window_size)
+    return None if left is None and right is None else (left, right)
+
+
+def _pages(k_cache: Tensor, block_table: Tensor | None, cache_batch_idx: Tensor | None, batch: int) -> Tensor:
+    """int32 (B, pages a sequence): which ``k_cache[page]`` hold each sequence's keys."""
+    if block_table is not None:
+        if cache_batch_idx is not None:
+            raise ConfigError("cache_batch_idx", "a tensor together with block_table", "one of the two")
+        if block_table.ndim != 2 or block_table.shape[0] != batch:
+            raise ConfigError("block_table", f"shape {tuple(block_table.shape)}", f"shape ({batch}, pages a sequence)")
+        return block_table
+    if cache_batch_idx is not None:
+        check_range("cache_batch_idx", cache_batch_idx, 0, k_cache.shape[0] - 1)
+        return _index_vector("cache_batch_idx", cache_batch_idx, batch)[:, None]
+    if k_cache.shape[0] != batch:
+        raise ConfigError("k_cache", f"shape {tuple(k_cache.shape)}", f"batch {batch} as in q, or cache_batch_idx")
+    return torch.arange(batch, dtype=torch.int32, device=k_cache.device)[:, None]
+
+
+def _pages_of_one_key(
+    k_cache: Tensor, v_cache: Tensor, pages: Tensor, leftpad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same keys in pages of one, each sequence from its key ``leftpad`` on."""
+    num_pages, page_size = k_cache.shape[:2]
+    capacity = pages.shape[1] * page_size
+    position = torch.arange(capacity, device=pages.device) + leftpad[:, None]
+    page, row = page_and_row(pages, page_size, position.clamp(0, capacity - 1), num_pages)
+    k_cache, v_cache = (cache.flatten(0, 1)[:, None] for cache in (k_cache, v_cache))
+    return k_cache, v_cache, (page * page_size + row).int()
+
+
+def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, pages: Tensor, held: Tensor) -> None:
+    """Write k and v behind the ``held`` keys of each sequence, in place."""
+    num_pages, page_size = k_cache.shape[:2]
+    position = held[:, None] + torch.arange(k.shape[1], device=k.device)
+    page, row = page_and_row(pages, page_size, position.clamp(0, pages.shape[1] * page_size - 1), num_pages)
+    k_cache[page, row] = k
+    v_cache[page, row] = v
+
+
+def _rotate(
+    q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor], held: Tensor, ordered: bool, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """Rotate the new keys at their positions, and the queries there too if something orders them."""
+    first = held[:, None].long()
+    q_position = first + torch.arange(q.shape[1], device=q.device) if ordered else first
+    k_position = first + torch.arange(k.shape[1], device=q.device)
+    return rotate(q, *angles, q_position, interleaved), rotate(k, *angles, k_position, interleaved)
+
+
+def _check_new(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, cache_seqlens: int | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The new keys and values, once they are known to fit the cache."""
+    for name, tensor, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if tensor is None:
+            raise ConfigError(name, None, "a tensor: k and v come together, and rotary_cos and rotary_sin need them")
+        if tensor.ndim != 4 or tensor.shape[0] != q.shape[0] or tensor.shape[2:] != cache.shape[2:]:
+            heads, head_dim = cache.shape[2:]
+            expected = f"({q.shape[0]}, new keys, {heads}, {head_dim}), as {name}_cache has"
+            raise ConfigError(name, f"shape {tuple(tensor.shape)}", expected)
+        if tensor.dtype != cache.dtype:
+            raise ConfigError(name, tensor.dtype, f"the dtype of {name}_cache, {cache.dtype}")
+    assert k is not None and v is not None
+    if k.shape[1] != v.shape[1]:
+        raise ConfigError("v", f"shape {tuple(v.shape)}", f"{k.shape[1]} new keys, as in k")
+    if cache_seqlens is None:
+        raise ConfigError("cache_seqlens", None, "an int or an int32 tensor (B,), since k is given")
+    return k, v
+
+
+def _check_tables(cos: Tensor | None, sin: Tensor | None, q: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    if cos is None or sin is None:
+        raise ConfigError("rotary_cos" if cos is None else "rotary_sin", None, "a tensor, since the other is given")
+    check_tables(cos, sin, q.shape[-1])
+    if cos.shape[0] < capacity:
+        raise ConfigError("rotary_cos", f"{cos.shape[0]} positions", f"at least {capacity}, what the cache can hold")
+    return cos, sin
+
+
+def _lengths(name: str, lengths: int | Tensor, q: Tensor) -> Tensor:
+    """int32 (B,)."""
+    if isinstance(lengths, Tensor):
+        return _index_vector(name, lengths, q.shape[0])
+    if isinstance(lengths, bool) or not isinstance(lengths, (int, torch.SymInt)):
+        raise ConfigError(name, repr(lengths), "an int or an int32 tensor (B,)")
+    return torch.full((q.shape[0],), lengths, dtype=torch.int32, device=q.device)
+
+
+def _index_vector(name: str, tensor: Tensor, batch: int) -> Tensor:
+    if tensor.dtype != torch.int32 or tuple(tensor.shape) != (batch,):
+        raise ConfigError(name, f"{tensor.dtype} {tuple(tensor.shape)}", f"int32 ({batch},)")
+    return tensor.contiguous()
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Results of a call that has no backward, for callers that did not turn gradients off: one asked for raises."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, lse: Tensor, _requires_grad: Tensor) -> tuple[Tensor, Tensor]:
+        return out.view_as(out), lse.view_as(lse)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        raise UnsupportedError(
+            "flash_attn_with_kvcache has no backward",
+            {"flash_attn": [Reason("backward", "a gradient", "flash_attn_func on contiguous keys and values")]},
+        )

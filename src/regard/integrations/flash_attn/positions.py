@@ -1,0 +1,35 @@
+"""Where the tokens of packed sequences and of paged caches lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regard.errors import ConfigError
+
+
+def sequence_and_position(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Of each packed token: the sequence it belongs to and its position there, both int64 (total,)."""
+    token = torch.arange(total, device=cu_seqlens.device)
+    offsets = cu_seqlens.long()
+    sequence = torch.searchsorted(offsets[1:], token, right=True)
+    return sequence, token - offsets[sequence]
+
+
+def page_and_row(pages: Tensor, page_size: int, position: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
+    """Of tokens at ``position`` (B, n) in their sequences: the page that holds each and the row inside it, int64.
+
+    ``pages`` (B, pages a sequence) may name pages that do not exist; an error on the CPU, clamped on a GPU.
+    """
+    page = pages.long().gather(1, torch.div(position, page_size, rounding_mode="floor"))
+    check_range("block_table", page, 0, num_pages - 1)
+    return page.clamp(0, num_pages - 1), position % page_size
+
+
+def check_range(name: str, values: Tensor, least: int, most: int) -> None:
+    """Raise a `ConfigError` for integers outside least..most. Only on the CPU: a GPU is not synchronised for it."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or values.numel() == 0:
+        return
+    lowest, highest = (int(bound) for bound in values.aminmax())
+    if lowest < least or highest > most:
+        raise ConfigError(name, f"values in {lowest}..{highest}", f"values in {least}..{most}")
