@@ -293,3 +293,26 @@ def test_describe_names_the_features_that_are_on():
         batch=1, seqlen_q=2, seqlen_k=3, heads_q=2, heads_kv=2, head_dim=4, head_dim_v=5, causal=True, window=(1, None)
     )
     assert config.describe() == "B=1 Sq=2 Sk=3 Hq=2 Hk=2 D=4 Dv=5 bfloat16 cpu causal window=(1, None)"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mask_shape": (1, 1, 1, 9)},
+        {"bias_shape": (1, 1, 1, 9), "bias_dtype": torch.float32},
+        {"kv_lens": True},
+        {"kv_lens": True, "page_size": 4},
+    ],
+    ids=lambda fields: list(fields)[-1],
+)
+def test_what_packed_sequences_cannot_have_is_refused_without_tensors_too(fields):
+    sizes = dict(batch=2, seqlen_q=9, seqlen_k=9, heads_q=2, heads_kv=2, head_dim=8, total_q=12, total_k=12)
+    with pytest.raises(ConfigError, match="cu_seqlens"):
+        AttentionConfig(**sizes, varlen=True, **fields)
+
+
+def test_packed_sequences_with_a_block_table_are_refused():
+    q, offsets = torch.randn(9, 2, 8), torch.tensor([0, 9], dtype=torch.int32)
+    table = torch.zeros(1, 2, dtype=torch.int32)
+    with pytest.raises(ConfigError, match="block_table"):
+        AttentionConfig.from_tensors(q, q, q, cu_seqlens_q=offsets, cu_seqlens_k=offsets, block_table=table)

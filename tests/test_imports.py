@@ -12,7 +12,7 @@ import regard
 PACKAGE = Path(regard.__file__).parent
 
 # A module may import modules of lower levels, and those of its own level and folder.
-LEVELS = {"errors": 0, "config": 1, "kernels": 1, "registry": 2, "backends": 3, "ops": 4, "api": 5, "testing": 6}
+LEVELS = {"errors": 0, "tracing": 0, "config": 1, "kernels": 1, "registry": 2, "backends": 3, "ops": 4, "api": 5, "testing": 6}
 TOP = 7  # everything else: cli, integrations, worker, bench, export, distributed
 HEAVY = ("transformers", "triton", "typer", "rich", "pytest", "gguf", "huggingface_hub")
 

@@ -1,11 +1,14 @@
 """What the conformance cases do not reach: torch's own limits, and rows that see nothing."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
 import regard
 from regard.backends.sdpa import SdpaBackend
-from regard.config import AttentionConfig
+from regard.config import AttentionConfig, AttentionInputs
 
 
 def codes(**fields):
@@ -69,3 +72,61 @@ def test_traces_with_symbolic_sizes():
     for length in (5, 9):
         q = torch.randn(1, length, 2, 8)
         torch.testing.assert_close(compiled(q), regard.attention(q, q, q, causal=True, backend="reference"))
+
+
+def misaligned(shape, dtype=torch.float16):
+    """Values at an address that is no multiple of 16 bytes."""
+    return torch.randn(math.prod(shape) + 1).to(dtype)[1:].view(shape)
+
+
+@pytest.mark.parametrize(
+    "lay_out",
+    [
+        lambda t: t,
+        lambda t: misaligned(t.shape),
+        lambda t: torch.cat([t, t[..., :1]], -1)[..., :-1],  # rows not at multiples of 16 bytes
+        lambda t: t.transpose(1, 3).contiguous().transpose(1, 3),
+        lambda t: t[..., :5],
+    ],
+    ids=["contiguous", "address", "rows", "head_dim_outside", "odd_head_dim"],
+)
+@pytest.mark.parametrize("extra", ["", "mask", "bias", "bias_keys_broadcast"])
+def test_cuda_kernels_get_aligned_memory_only(lay_out, extra, monkeypatch):
+    """torch's kernels read 16 bytes at a time and fault on other addresses; shown on the CPU by what they are given."""
+    q, k, v = (lay_out(torch.randn(2, 6, 2, 16, dtype=torch.float16)).requires_grad_() for _ in range(3))
+    bias = misaligned((2, 1, 6, 1 if extra == "bias_keys_broadcast" else 6)).requires_grad_()
+    inputs = {"": {}, "mask": {"mask": torch.rand(6, 6) < 0.5}}.get(extra, {"bias": bias})
+    config = AttentionConfig.from_tensors(q, k, v, **inputs)
+    on_cuda = dataclasses.replace(config, device="cuda", arch="sm90")
+    inputs = AttentionInputs(q, k, v, **({"mask": inputs["mask"][None, None]} if extra == "mask" else inputs))
+    seen = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask=None, **options):
+        seen.extend(t for t in (q, k, v, attn_mask) if t is not None)
+        return sdpa(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    out, _ = SdpaBackend().forward(on_cuda, inputs)
+    for tensor in seen:
+        assert tensor.data_ptr() % 16 == 0 and tensor.stride(-1) == 1
+        assert all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+    assert len(seen) == (4 if extra else 3)
+    expected, _ = SdpaBackend().forward(config, inputs)
+    float16 = dict(rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(out, expected, **float16)
+    leaves = (q, k, v, bias) if extra.startswith("bias") else (q, k, v)
+    seed = misaligned(out.shape)
+    found, truth = (torch.autograd.grad(result, leaves, seed) for result in (out, expected))
+    torch.testing.assert_close(found, truth, **float16)
+
+
+def test_aligned_memory_is_not_copied(monkeypatch):
+    q = torch.randn(2, 6, 2, 16)
+    config = dataclasses.replace(AttentionConfig.from_tensors(q, q, q), device="cuda", arch="sm90")
+    seen = []
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **options: seen.append(q) or q
+    )
+    SdpaBackend().forward(config, AttentionInputs(q, q, q))
+    assert seen[0].data_ptr() == q.data_ptr()

@@ -175,6 +175,8 @@ class AttentionConfig:
         total_k: int | None = None
         page_size: int | None = None
         if varlen:
+            if paged:
+                raise ConfigError("block_table", "a tensor together with cu_seqlens", "one of the two")
             batch, total_q, total_k, max_seqlen_q, max_seqlen_k = _describe_packed(
                 q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
             )
@@ -198,12 +200,7 @@ class AttentionConfig:
         device = q.device
         if kv_lens is not None:
             _check_index_vector("kv_lens", kv_lens, batch, device)
-            if varlen:
-                raise ConfigError("kv_lens", "a tensor together with cu_seqlens", "one of the two")
             _check_values(kv_lens, lambda values: _check_kv_lens(values, seqlen_k))
-        if varlen and (mask is not None or bias is not None):
-            name = "mask" if mask is not None else "bias"
-            raise ConfigError(name, "a tensor together with cu_seqlens", "padded (B, S, H, D) inputs with kv_lens")
         config = cls(
             batch=batch,
             seqlen_q=seqlen_q,
@@ -523,6 +520,10 @@ def _check_sizes(config: AttentionConfig) -> None:
         raise ConfigError("dtype", config.dtype, "float16, bfloat16, float32 or float64")
     if config.varlen and (config.total_q is None or config.total_k is None):
         raise ConfigError("total_q, total_k", (config.total_q, config.total_k), "the packed lengths where varlen")
+    for name in ("mask_shape", "bias_shape", "kv_lens", "page_size"):
+        if config.varlen and getattr(config, name):
+            argument = name.removesuffix("_shape")
+            raise ConfigError(argument, f"a {argument} together with cu_seqlens", "padded (B, S, H, D) inputs for it")
     if config.page_size is not None and (config.page_size < 1 or not config.kv_lens):
         raise ConfigError("page_size", config.page_size, "at least 1, together with kv_lens")
 

@@ -47,12 +47,12 @@ class CpuBackend:
         if _is_one_kernel_call(config, inputs):  # first, since decode notices every microsecond
             q, k, v = inputs.q.transpose(1, 2), inputs.k.transpose(1, 2), inputs.v.transpose(1, 2)
             out, lse = _kernel(q, k, v, 0.0, config.causal and config.seqlen_q > 1, scale=config.softmax_scale)
-            return out.transpose(1, 2), lse
+            return out.transpose(1, 2).contiguous(), lse
         inputs = gather_pages(inputs)
         spans = _spans(config, inputs)
         if spans == [_WHOLE]:
             out, lse = _attend(_Piece.of(config, inputs, spans[0]))
-            return out.transpose(1, 2), lse
+            return out.transpose(1, 2).contiguous(), lse
         q = inputs.q
         out = q.new_empty((*q.shape[:-1], inputs.v.shape[-1]))
         lse_shape = (q.shape[1], q.shape[0]) if config.varlen else (q.shape[0], q.shape[2], q.shape[1])

@@ -105,7 +105,7 @@ def _attend(config: AttentionConfig, inputs: AttentionInputs, first_sequence: in
         keep = dropout_keep(inputs.dropout_seed, heads[:, :, None, None], queries[:, None], key, config.dropout_p)
         weights = torch.where(keep, weights / (1 - config.dropout_p), 0.0)
     out = torch.einsum("bhij,bjhd->bihd", weights, v)
-    return out.to(inputs.q.dtype), lse
+    return out.to(inputs.q.dtype).contiguous(), lse
 
 
 def _attend_packed(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

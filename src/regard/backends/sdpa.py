@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from regard.backends.reference import gradients_by_autograd
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.registry import Gradients
+from regard.tracing import is_traced
+
+_WORD = 16  # bytes that torch's CUDA kernels load at once, trusting that addresses and strides are multiples of it
 
 
 class SdpaBackend:
@@ -26,12 +30,17 @@ class SdpaBackend:
         return config.kv_layout
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (t.transpose(1, 2) for t in inputs[:3])
+        q, k, v = inputs[:3]
         added, hidden_rows = _without_hidden_rows(inputs)
+        must_align = config.device == "cuda" and not is_traced(inputs)
+        if must_align:
+            q, k, v = _aligned(q), _aligned(k), _aligned(v)
+            if added is not None:
+                added = _aligned(added.expand(*added.shape[:3], config.seqlen_k))[..., : config.seqlen_k]
         out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             attn_mask=added,
             is_causal=_is_causal(config),
             scale=config.softmax_scale,
@@ -39,7 +48,10 @@ class SdpaBackend:
         )
         if hidden_rows is not None:
             out = out.masked_fill(hidden_rows, 0.0)
-        return out.transpose(1, 2), None
+        out = out.transpose(1, 2)[..., : config.head_dim_v].contiguous()
+        if must_align and out.requires_grad:
+            out.register_hook(lambda gradient: _aligned(gradient)[..., : config.head_dim_v])
+        return out, None
 
     def backward(
         self,
@@ -51,6 +63,21 @@ class SdpaBackend:
         grad_lse: Tensor | None,
     ) -> Gradients:
         return gradients_by_autograd(self.forward, config, inputs, grad_out, grad_lse)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor that torch's CUDA kernels may trust: rows of whole words, at addresses that are multiples of one.
+
+    Itself, or a differentiable copy with its last dimension padded with zeros.
+    """
+    columns = tensor.shape[-1]
+    step = max(8, _WORD // tensor.element_size())  # the efficient kernel counts a mask's rows in 8 elements
+    offsets = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+    if tensor.stride(-1) == 1 and columns % step == 0 and not any(n % _WORD for n in (tensor.data_ptr(), *offsets)):
+        return tensor
+    if columns % step:
+        return F.pad(tensor, (0, -columns % step)).contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _is_causal(config: AttentionConfig) -> bool:
