@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from regard.api import attention, paged_attention
+from regard.config import AttentionConfig
 from regard.errors import ConfigError, Reason, UnsupportedError
 from regard.integrations.flash_attn.positions import check_range, page_and_row, sequence_and_position
 from regard.integrations.flash_attn.rotary import check_tables, rotate
@@ -69,18 +70,20 @@ def flash_attn_with_kvcache(
         ConfigError: an argument is malformed. On the CPU also for lengths, rows and pages that do not exist; on a GPU
             those are clamped, to spare a synchronisation.
     """
+    _check_shapes(q, k_cache, v_cache)
     if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 0:
         raise ConfigError("num_splits", repr(num_splits), "an int of at least 0")
     window = window_of(window_size)
     pages = _pages(k_cache, block_table, cache_batch_idx, batch=q.shape[0])
     capacity = pages.shape[1] * k_cache.shape[1]
     held = _lengths("cache_seqlens", capacity if cache_seqlens is None else cache_seqlens, q)
+    leftpad = None if cache_leftpad is None else _lengths("cache_leftpad", cache_leftpad, q)
     wants_gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (q, k_cache, v_cache, k, v)
     )
     with torch.no_grad():
         if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
-            new_k, new_v = _check_new(q, k_cache, v_cache, k, v, cache_seqlens)
+            new_k, new_v = _check_new(q, k_cache, v_cache, k, v, cache_seqlens, capacity)
             check_range("cache_seqlens", held, 0, capacity - new_k.shape[1])
             if rotary_cos is not None or rotary_sin is not None:
                 ordered = causal or window is not None
@@ -88,21 +91,22 @@ def flash_attn_with_kvcache(
                 q, new_k = _rotate(q, new_k, angles, held, ordered, rotary_interleaved)
             _append(k_cache, v_cache, new_k, new_v, pages, held)
             held = held + new_k.shape[1]
-        options = dict(
-            causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes
-        )
-        if cache_leftpad is not None:
-            leftpad = _lengths("cache_leftpad", cache_leftpad, q)
+        options: dict[str, Any] = dict(
+            causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes,
+            return_lse=return_softmax_lse,
+        )  # fmt: skip
+        if leftpad is not None:
+            check_range("cache_leftpad", held - leftpad, 0, capacity)
             k_cache, v_cache, pages = _pages_of_one_key(k_cache, v_cache, pages, leftpad)
             held = (held - leftpad).clamp_min(0)
-        if block_table is None and cache_batch_idx is None and cache_leftpad is None:
-            out, lse = attention(q, k_cache, v_cache, kv_lens=held, **options, return_lse=True)
+        if block_table is None and cache_batch_idx is None and leftpad is None:
+            result = attention(q, k_cache, v_cache, kv_lens=held, **options)
         else:
-            out, lse = paged_attention(q, k_cache, v_cache, pages, held, **options, return_lse=True)
-    if wants_gradient:
-        out, lse = _WithoutGradient.apply(  # type: ignore[no-untyped-call]
-            out, lse, torch.empty(0, device=q.device, requires_grad=True)
-        )
+            result = paged_attention(q, k_cache, v_cache, pages, held, **options)
+    if not wants_gradient:
+        return result
+    out, lse = result if return_softmax_lse else (result, None)
+    out, lse = _WithoutGradient.apply(out, lse, torch.empty(0, device=q.device, requires_grad=True))
     return (out, lse) if return_softmax_lse else out
 
 
@@ -123,9 +127,11 @@ def attention_over_pages(
     Returns:
         out (total_q, Hq, D) and lse (Hq, total_q).
     """
+    AttentionConfig.from_tensors(  # of the queries over themselves, for its checks of the offsets
+        q, q, q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_q, max_seqlen_q=max_seqlen_q
+    )
     sequence, position = sequence_and_position(cu_seqlens_q, q.shape[0])
     row = position + (max_seqlen_q - cu_seqlens_q.diff()[sequence])
-    check_range("max_seqlen_q", row, 0, max_seqlen_q - 1)
     padded = q.new_zeros((cu_seqlens_q.numel() - 1, max_seqlen_q, *q.shape[1:]))
     padded[sequence, row] = q
     out, lse = paged_attention(padded, k_cache, v_cache, block_table, cu_seqlens_k.diff(), **options, return_lse=True)
@@ -134,8 +140,15 @@ def attention_over_pages(
 
 def keys_of_pages(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
     """Copies of the keys and values of a paged cache, packed (total_k, Hk, D). Differentiable."""
-    sequence, position = sequence_and_position(cu_seqlens_k, int(cu_seqlens_k[-1]))
-    page, row = page_and_row(block_table[sequence], k_cache.shape[1], position[:, None], k_cache.shape[0])
+    pages = _pages(k_cache, block_table, None, batch=cu_seqlens_k.numel() - 1)
+    capacity = pages.shape[1] * k_cache.shape[1]
+    lengths = cu_seqlens_k.diff()
+    if ((lengths < 0) | (lengths > capacity)).any():
+        raise ConfigError(
+            "cu_seqlens_k", f"lengths {lengths.tolist()}", f"lengths in 0..{capacity}, what the pages hold"
+        )
+    sequence, position = sequence_and_position(cu_seqlens_k, int(lengths.sum()))
+    page, row = page_and_row(pages[sequence], k_cache.shape[1], position[:, None], k_cache.shape[0])
     return k_cache[page, row].squeeze(1), v_cache[page, row].squeeze(1)
 
 
@@ -168,9 +181,8 @@ def _pages_of_one_key(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same keys in pages of one, each sequence from its key ``leftpad`` on."""
     num_pages, page_size = k_cache.shape[:2]
-    capacity = pages.shape[1] * page_size
-    position = torch.arange(capacity, device=pages.device) + leftpad[:, None]
-    page, row = page_and_row(pages, page_size, position.clamp(0, capacity - 1), num_pages)
+    position = torch.arange(pages.shape[1] * page_size, device=pages.device) + leftpad[:, None]
+    page, row = page_and_row(pages, page_size, position, num_pages)
     k_cache, v_cache = (cache.flatten(0, 1)[:, None] for cache in (k_cache, v_cache))
     return k_cache, v_cache, (page * page_size + row).int()
 
@@ -179,7 +191,7 @@ def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, pages: Tenso
     """Write k and v behind the ``held`` keys of each sequence, in place."""
     num_pages, page_size = k_cache.shape[:2]
     position = held[:, None] + torch.arange(k.shape[1], device=k.device)
-    page, row = page_and_row(pages, page_size, position.clamp(0, pages.shape[1] * page_size - 1), num_pages)
+    page, row = page_and_row(pages, page_size, position, num_pages)
     k_cache[page, row] = k
     v_cache[page, row] = v
 
@@ -194,8 +206,23 @@ def _rotate(
     return rotate(q, *angles, q_position, interleaved), rotate(k, *angles, k_position, interleaved)
 
 
+def _check_shapes(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+            seen = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ConfigError(name, seen, "a tensor of 4 dimensions")
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ConfigError("v_cache", f"shape {tuple(v_cache.shape)}", f"that of k_cache, {tuple(k_cache.shape)}")
+
+
 def _check_new(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, cache_seqlens: int | Tensor | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    capacity: int,
 ) -> tuple[Tensor, Tensor]:
     """The new keys and values, once they are known to fit the cache."""
     for name, tensor, cache in (("k", k, k_cache), ("v", v, v_cache)):
@@ -210,6 +237,8 @@ def _check_new(
     assert k is not None and v is not None
     if k.shape[1] != v.shape[1]:
         raise ConfigError("v", f"shape {tuple(v.shape)}", f"{k.shape[1]} new keys, as in k")
+    if k.shape[1] > capacity:
+        raise ConfigError("k", f"{k.shape[1]} new keys", f"at most {capacity}, what the cache can hold")
     if cache_seqlens is None:
         raise ConfigError("cache_seqlens", None, "an int or an int32 tensor (B,), since k is given")
     return k, v
@@ -243,8 +272,8 @@ class _WithoutGradient(torch.autograd.Function):
     """Results of a call that has no backward, for callers that did not turn gradients off: one asked for raises."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, lse: Tensor, _requires_grad: Tensor) -> tuple[Tensor, Tensor]:
-        return out.view_as(out), lse.view_as(lse)
+    def forward(ctx: Any, out: Tensor, lse: Tensor | None, requires_grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        return out.view_as(out), None if lse is None else lse.view_as(lse)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:

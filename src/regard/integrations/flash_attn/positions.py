@@ -9,18 +9,23 @@ from regard.errors import ConfigError
 
 
 def sequence_and_position(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Of each packed token: the sequence it belongs to and its position there, both int64 (total,)."""
+    """Of each packed token: the sequence it belongs to and its position there, both int64 (total,).
+
+    Tokens past the last offset count as the last sequence's.
+    """
     token = torch.arange(total, device=cu_seqlens.device)
     offsets = cu_seqlens.long()
-    sequence = torch.searchsorted(offsets[1:], token, right=True)
+    sequence = torch.searchsorted(offsets[1:-1], token, right=True)
     return sequence, token - offsets[sequence]
 
 
 def page_and_row(pages: Tensor, page_size: int, position: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
     """Of tokens at ``position`` (B, n) in their sequences: the page that holds each and the row inside it, int64.
 
-    ``pages`` (B, pages a sequence) may name pages that do not exist; an error on the CPU, clamped on a GPU.
+    ``pages`` is (B, pages a sequence). Pages that do not exist are an error on the CPU and are clamped on a GPU, as
+    positions past the last page are everywhere: callers have checked those where they can be.
     """
+    position = position.clamp(0, pages.shape[1] * page_size - 1)
     page = pages.long().gather(1, torch.div(position, page_size, rounding_mode="floor"))
     check_range("block_table", page, 0, num_pages - 1)
     return page.clamp(0, num_pages - 1), position % page_size
