@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard import ops
+from regard import ops, plans
 from regard.config import AttentionConfig, AttentionInputs
 from regard.errors import ConfigError
 from regard.registry import Explanation, registry
+from regard.tracing import is_traced
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -71,23 +72,11 @@ def attention(
         ConfigError: an argument is malformed.
         UnsupportedError: the named backend, or every backend, lacks something the call needs.
     """
-    q, k, v = _autocast(q, k, v)
-    config = AttentionConfig.from_tensors(
-        q, k, v, layout=layout, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens,
-        softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap, dropout_p=dropout_p,
-        return_lse=return_lse, deterministic=deterministic,
-    )  # fmt: skip
-    selection = registry.select(config, backend)
-    if layout == "bhsd":
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    inputs = AttentionInputs(
-        q, k, v, mask=_four_dimensional(mask), bias=_four_dimensional(bias), alibi_slopes=alibi_slopes, sinks=sinks,
-        kv_lens=kv_lens, dropout_seed=_draw_seed(config, q),
-    )  # fmt: skip
-    out, lse = ops.attend(config, inputs, selection)
-    if layout == "bhsd":
-        out = out.transpose(1, 2)
-    return _result(out, lse, return_lse)
+    return _attend(
+        (q, k, v, mask, bias, alibi_slopes, sinks, None, None, kv_lens, None),
+        (layout, causal, window, softmax_scale, softcap, dropout_p, return_lse, deterministic, None, None, None, None),
+        backend,
+    )
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -127,19 +116,12 @@ def varlen_attention(
     Returns:
         out (total_q, Hq, Dv); with ``return_lse`` also lse (Hq, total_q), fp32.
     """
-    q, k, v = _autocast(q, k, v)
-    config = AttentionConfig.from_tensors(
-        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, alibi_slopes=alibi_slopes, sinks=sinks, softmax_scale=softmax_scale, causal=causal,
-        window=window, softcap=softcap, dropout_p=dropout_p, return_lse=return_lse, deterministic=deterministic,
+    return _attend(
+        (q, k, v, None, None, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, None, None),
+        ("bshd", causal, window, softmax_scale, softcap, dropout_p, return_lse, deterministic, max_seqlen_q,
+         max_seqlen_k, None, None),
+        backend,
     )  # fmt: skip
-    selection = registry.select(config, backend)
-    inputs = AttentionInputs(
-        q, k, v, alibi_slopes=alibi_slopes, sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        dropout_seed=_draw_seed(config, q),
-    )  # fmt: skip
-    out, lse = ops.attend(config, inputs, selection)
-    return _result(out, lse, return_lse)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -174,16 +156,11 @@ def paged_attention(
     Returns:
         out (B, Sq, Hq, Dv); with ``return_lse`` also lse (B, Hq, Sq), fp32.
     """
-    config = AttentionConfig.from_tensors(
-        q, k_cache, v_cache, block_table=block_table, kv_lens=kv_lens, alibi_slopes=alibi_slopes, sinks=sinks,
-        softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap, return_lse=return_lse,
-    )  # fmt: skip
-    selection = registry.select(config, backend)
-    inputs = AttentionInputs(
-        q, k_cache, v_cache, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens, block_table=block_table
+    return _attend(
+        (q, k_cache, v_cache, None, None, alibi_slopes, sinks, None, None, kv_lens, block_table),
+        ("bshd", causal, window, softmax_scale, softcap, 0.0, return_lse, False, None, None, None, None),
+        backend,
     )
-    out, lse = ops.attend(config, inputs, selection)
-    return _result(out, lse, return_lse)
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -224,26 +201,50 @@ def explain(q: AttentionConfig | Tensor, *tensors: Tensor, backend: str | None =
     return registry.explain(config, backend)
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inside torch.autocast, float32 inputs take the autocast dtype, as torch's own attention does."""
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in (q, k, v))
-    return q, k, v
+def _attend(
+    tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], backend: str | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Every public call from here on: describe, select, run.
+
+    Args:
+        tensors: the arguments that are tensors, in the order of `plans.TENSORS`.
+        options: the others, in the order of `plans.OPTIONS`.
+        backend: the caller's choice.
+    """
+    if torch._C._is_any_autocast_enabled() and isinstance(q := tensors[0], Tensor):
+        kind = q.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return _attend(_autocast(tensors, torch.get_autocast_dtype(kind)), options, backend)
+    traced = is_traced(tensors)
+    config = plans.describe(tensors, options, traced=traced)
+    selection = plans.select(config, backend)
+    q, k, v, mask, bias, *rest = tensors
+    transposed = options[0] == "bhsd"
+    if transposed:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    seed = None if config.dropout_p == 0 else _draw_seed(config, q)
+    inputs = AttentionInputs(q, k, v, _four_dimensional(mask), _four_dimensional(bias), *rest, seed)
+    out, lse = ops.attend(config, inputs, selection, traced=traced)
+    if transposed:
+        out = out.transpose(1, 2)
+    if not config.return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def _autocast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """q, k and v, where they are float32, in the autocast dtype, as torch's own attention does."""
+    qkv = (t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors[:3])
+    return *qkv, *tensors[3:]
 
 
 def _four_dimensional(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor[(None,) * (4 - tensor.ndim)]
+    return tensor if tensor is None or tensor.ndim == 4 else tensor[(None,) * (4 - tensor.ndim)]
 
 
 def _draw_seed(config: AttentionConfig, q: Tensor) -> Tensor | None:
     if config.dropout_p == 0:
         return None
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-
-
-def _result(out: Tensor, lse: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse

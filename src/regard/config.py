@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from regard import lengths
 from regard.errors import ConfigError
 
 LAYOUTS = ("bshd", "bhsd")
@@ -155,12 +155,14 @@ class AttentionConfig:
         return_lse: bool = False,
         deterministic: bool = False,
         requires_grad: bool | None = None,
+        bias_requires_grad: bool | None = None,
     ) -> AttentionConfig:
         """Describe and validate a call.
 
         Takes the arguments of `regard.attention`, `regard.varlen_attention` and `regard.paged_attention`, as the user
-        wrote them. The values inside ``cu_seqlens``, ``kv_lens`` and ``block_table`` are checked where that needs no
-        device synchronisation, and once per tensor version for ``cu_seqlens`` on a GPU.
+        wrote them, and ``requires_grad`` and ``bias_requires_grad`` to overrule what tensors and grad mode say. The
+        values inside ``cu_seqlens``, ``kv_lens`` and ``block_table`` are checked where that needs no device
+        synchronisation, and once per tensor version for ``cu_seqlens`` on a GPU.
 
         Raises:
             ConfigError: naming the argument, what was seen and what is needed.
@@ -177,10 +179,10 @@ class AttentionConfig:
         if varlen:
             if paged:
                 raise ConfigError("block_table", "a tensor together with cu_seqlens", "one of the two")
-            batch, total_q, total_k, max_seqlen_q, max_seqlen_k = _describe_packed(
-                q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+            total_q, total_k = q.shape[0], k.shape[0]
+            batch, seqlen_q, seqlen_k = lengths.describe_packed(
+                (total_q, total_k), (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), q.device
             )
-            seqlen_q, seqlen_k = max_seqlen_q, max_seqlen_k
             heads_q, heads_kv = q.shape[1], k.shape[1]
         else:
             seq, head = (1, 2) if layout == "bshd" else (2, 1)
@@ -190,7 +192,7 @@ class AttentionConfig:
             seqlen_k, heads_kv = k.shape[seq], k.shape[head]
             if paged:
                 page_size = seqlen_k
-                seqlen_k = _describe_paged(k, block_table, kv_lens, batch, page_size)
+                seqlen_k = lengths.describe_paged(k, block_table, kv_lens, batch, page_size)
             elif k.shape[0] != batch:
                 raise ConfigError("k", _shape(k), f"batch {batch} as in q {_shape(q)}")
         if tuple(v.shape[:-1]) != tuple(k.shape[:-1]):
@@ -199,8 +201,7 @@ class AttentionConfig:
             raise ConfigError("k", _shape(k), f"head_dim {q.shape[-1]} as in q {_shape(q)}")
         device = q.device
         if kv_lens is not None:
-            _check_index_vector("kv_lens", kv_lens, batch, device)
-            _check_values(kv_lens, lambda values: _check_kv_lens(values, seqlen_k))
+            lengths.check_kv_lens(lengths.check_index_vector("kv_lens", kv_lens, batch, device), seqlen_k)
         config = cls(
             batch=batch,
             seqlen_q=seqlen_q,
@@ -219,7 +220,7 @@ class AttentionConfig:
             mask_shape=_shape4("mask", mask),
             bias_shape=_shape4("bias", bias),
             bias_dtype=None if bias is None else bias.dtype,
-            bias_requires_grad=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+            bias_requires_grad=_any_requires_grad(bias) if bias_requires_grad is None else bias_requires_grad,
             alibi=alibi_slopes is not None,
             sinks=sinks is not None,
             dropout_p=dropout_p,
@@ -238,7 +239,26 @@ class AttentionConfig:
         _check_extras(config, device, mask, bias, alibi_slopes, sinks)
         return config
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, name) for name in CONFIG_FIELDS))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in CONFIG_FIELDS}  # nothing cached: hashes differ between processes
+
+    @functools.cached_property
+    def prepared(self) -> dict[Any, Any]:
+        """Room for what a backend derives from this description once, such as a launch, under a key of its own.
+
+        Calls that look alike share one config object, which is dropped when it has not been used for long. What is
+        kept here must follow from the config alone or be keyed by whatever else it depends on.
+        """
+        return {}
+
+    @functools.cached_property
     def band(self) -> tuple[int | None, int | None]:
         """Causal and window as one band: key j is visible to query i iff ``-left <= j - (i + Sk - Sq) <= right``."""
         left, right = self.window or (None, None)
@@ -253,7 +273,7 @@ class AttentionConfig:
             return KvCacheLayout.PAGED
         return KvCacheLayout.PACKED if self.varlen else KvCacheLayout.CONTIGUOUS
 
-    @property
+    @functools.cached_property
     def is_empty(self) -> bool:
         """Nothing to compute: no query rows, or no keys (then every row is fully masked)."""
         return self.batch == 0 or self.seqlen_q == 0 or self.seqlen_k == 0 or self.total_q == 0 or self.total_k == 0
@@ -382,128 +402,6 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int) -> Non
             raise ConfigError(name, tensor.dtype, f"the dtype of q, {q.dtype}")
         if tensor.device != q.device:
             raise ConfigError(name, f"device {tensor.device}", f"the device of q, {q.device}")
-
-
-def _check_index_vector(name: str, tensor: Tensor, length: int | None, device: torch.device) -> None:
-    _require_tensor(name, tensor)
-    if tensor.dtype != torch.int32:
-        raise ConfigError(name, tensor.dtype, "int32")
-    if tensor.device != device:
-        raise ConfigError(name, f"device {tensor.device}", f"the device of q, {device}")
-    if tensor.ndim != 1 or (length is not None and tensor.shape[0] != length):
-        raise ConfigError(name, _shape(tensor), f"shape ({'B + 1' if length is None else length},)")
-    if not tensor.is_contiguous():
-        raise ConfigError(name, f"stride {tensor.stride()}", "a contiguous tensor")
-
-
-# Host copies of index vectors already read, so that a GPU is synchronised once per tensor and version, not per layer.
-_host_values = WeakTensorKeyDictionary()
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether the values can be looked at: not while tracing, and not while a CUDA graph is being captured."""
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
-        return False
-    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-
-
-def _host_list(tensor: Tensor) -> list[int] | None:
-    if not _readable(tensor):
-        return None
-    seen = _host_values.get(tensor)  # type: ignore[no-untyped-call]
-    if seen is not None and seen[0] == tensor._version:
-        return list(seen[1])
-    values: list[int] = tensor.tolist()
-    if not tensor.is_inference():
-        _host_values[tensor] = (tensor._version, values)
-    return values
-
-
-def _check_values(tensor: Tensor, check: Any) -> None:
-    """Run a check on the values of a CPU tensor; a GPU is not synchronised for it."""
-    if tensor.device.type == "cpu":
-        values = _host_list(tensor)
-        if values is not None:
-            check(values)
-
-
-def _check_kv_lens(values: list[int], capacity: int) -> None:
-    for index, value in enumerate(values):
-        if not 0 <= value <= capacity:
-            raise ConfigError(f"kv_lens[{index}]", value, f"0 <= length <= {capacity}, the number of keys held")
-
-
-def _describe_packed(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-) -> tuple[int, int, int, int, int]:
-    longest = []
-    batch = None
-    for side, packed, cu_seqlens, stated in (
-        ("q", q, cu_seqlens_q, max_seqlen_q),
-        ("k", k, cu_seqlens_k, max_seqlen_k),
-    ):
-        name = f"cu_seqlens_{side}"
-        if cu_seqlens is None:
-            raise ConfigError(name, None, "an int32 tensor (B + 1,), since the other cu_seqlens is given")
-        _check_index_vector(name, cu_seqlens, batch, q.device)
-        if cu_seqlens.shape[0] < 1:
-            raise ConfigError(name, _shape(cu_seqlens), "at least the leading 0")
-        batch = cu_seqlens.shape[0]
-        values = _host_list(cu_seqlens)
-        actual = None if values is None else _check_cu_seqlens(name, values, packed.shape[0])
-        if stated is None and actual is None:
-            raise ConfigError(f"max_seqlen_{side}", None, "an int while tracing or capturing a CUDA graph")
-        if stated is not None and (isinstance(stated, bool) or not isinstance(stated, (int, torch.SymInt))):
-            raise ConfigError(f"max_seqlen_{side}", repr(stated), "an int")
-        if stated is not None and actual is not None and stated < actual:
-            raise ConfigError(f"max_seqlen_{side}", stated, f"at least {actual}, the longest sequence of {name}")
-        longest.append(stated if actual is None else actual)
-    return batch - 1, q.shape[0], k.shape[0], longest[0], longest[1]  # type: ignore[operator, return-value]
-
-
-def _check_cu_seqlens(name: str, values: list[int], total: int) -> int:
-    """Validate the offsets and return the longest sequence's length."""
-    if values[0] != 0:
-        raise ConfigError(name, f"first offset {values[0]}", "0")
-    longest = 0
-    for index in range(1, len(values)):
-        length = values[index] - values[index - 1]
-        if length < 0:
-            raise ConfigError(
-                name, f"{values[index]} after {values[index - 1]} at index {index}", "offsets that never fall"
-            )
-        longest = max(longest, length)
-    if values[-1] != total:
-        raise ConfigError(name, f"last offset {values[-1]}", f"{total}, the number of packed rows")
-    return longest
-
-
-def _describe_paged(k: Tensor, block_table: Tensor | None, kv_lens: Tensor | None, batch: int, page_size: int) -> int:
-    """Validate the page table and return the key capacity of a sequence."""
-    assert block_table is not None
-    _require_tensor("block_table", block_table)
-    if block_table.dtype != torch.int32:
-        raise ConfigError("block_table", block_table.dtype, "int32")
-    if block_table.ndim != 2 or block_table.shape[0] != batch:
-        raise ConfigError("block_table", _shape(block_table), f"shape ({batch}, pages a sequence)")
-    if block_table.device != k.device:
-        raise ConfigError("block_table", f"device {block_table.device}", f"the device of q, {k.device}")
-    if page_size < 1:
-        raise ConfigError("k", _shape(k), "pages of at least one key")
-    if kv_lens is None:
-        raise ConfigError("kv_lens", None, "an int32 tensor (B,): a paged cache has no other length")
-    if block_table.device.type == "cpu" and _readable(block_table):
-        _check_index_vector("kv_lens", kv_lens, batch, k.device)
-        for row, length in enumerate(kv_lens.tolist()):
-            used = block_table[row, : max(0, -(-length // page_size))]
-            if used.numel() and (int(used.min()) < 0 or int(used.max()) >= k.shape[0]):
-                raise ConfigError(f"block_table[{row}]", used.tolist(), f"page numbers in 0..{k.shape[0] - 1}")
-    return block_table.shape[1] * page_size
 
 
 def _check_sizes(config: AttentionConfig) -> None:

@@ -6,43 +6,49 @@ a graph keeps the choice that was made when it was traced.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from regard import plans
+from regard.backends.reference import ReferenceBackend
 from regard.config import DIFFERENTIABLE_INPUTS, AttentionConfig, AttentionInputs
-from regard.errors import ConfigError, UnsupportedError
+from regard.errors import ConfigError, FallbackWarning, UnsupportedError
 from regard.registry import Gradients, Selection, backend_is_composed_of_torch_ops, registry
+from regard.tracing import is_traced
 
 # Errors that a different backend would meet as well, or that are the caller's to handle: never a reason to fall back.
 _NOT_THE_KERNELS_FAULT = (ConfigError, UnsupportedError, torch.OutOfMemoryError)
 
 
-def attend(config: AttentionConfig, inputs: AttentionInputs, selection: Selection) -> tuple[Tensor, Tensor | None]:
+def attend(
+    config: AttentionConfig, inputs: AttentionInputs, selection: Selection, *, traced: bool
+) -> tuple[Tensor, Tensor | None]:
     """Run the selected backend, differentiably where ``config.requires_grad``.
+
+    Args:
+        config, inputs: the call.
+        selection: which backend, and whether another may take over if its kernel fails.
+        traced: what `is_traced` says of the inputs; then the call is recorded as a custom op.
 
     Returns:
         out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), or packed out (total_q, Hq, Dv) and lse (Hq, total_q); lse may be None
         where it was not asked for.
     """
-    if _must_trace(inputs) or config.requires_grad:
-        if backend_is_composed_of_torch_ops(registry.get(selection.backend)) and not config.is_empty:
-            return registry.get(selection.backend).forward(config, inputs)
-        out, lse = attention_fwd(*inputs, *_scalars(config), selection.backend, selection.strict)
+    if traced or config.requires_grad:
+        backend = registry.get(selection.backend)
+        if backend_is_composed_of_torch_ops(backend) and not config.is_empty:
+            return backend.forward(config, inputs)
+        if traced:
+            out, lse = attention_fwd(*inputs, *_scalars(config), selection.backend, selection.strict)
+        else:
+            out, lse = _Attention.apply(config, selection.backend, selection.strict, *inputs)
         return out, lse
     return _forward(config, inputs, selection.backend, selection.strict)
-
-
-def _must_trace(inputs: AttentionInputs) -> bool:
-    """Whether something other than the backend must see the call: a tracer, a dispatch mode, a tensor subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in inputs)
-    )
 
 
 def _forward(
@@ -105,22 +111,13 @@ def _scalars(config: AttentionConfig) -> tuple[Any, ...]:
 def _config_of(inputs: AttentionInputs, scalars: tuple[Any, ...]) -> AttentionConfig:
     """The config a custom op was called with: the inverse of `_scalars`."""
     scale, causal, left, right, softcap, dropout_p, max_q, max_k, requires_grad, bias_grad, deterministic = scalars
-    tensors = inputs._asdict()
-    seed = tensors.pop("dropout_seed")
-    config = AttentionConfig.from_tensors(
-        **tensors,
-        max_seqlen_q=max_q if inputs.cu_seqlens_q is not None else None,
-        max_seqlen_k=max_k if inputs.cu_seqlens_k is not None else None,
-        softmax_scale=scale,
-        causal=causal,
-        window=None if left is None and right is None else (left, right),
-        softcap=softcap,
-        dropout_p=dropout_p if seed is not None else 0.0,
-        return_lse=True,
-        requires_grad=requires_grad,
-        deterministic=deterministic,
-    )
-    return dataclasses.replace(config, bias_requires_grad=bias_grad)
+    if inputs.cu_seqlens_q is None:
+        max_q = max_k = None
+    window = None if left is None and right is None else (left, right)
+    dropout_p = 0.0 if inputs.dropout_seed is None else dropout_p
+    options = ("bshd", causal, window, scale, softcap, dropout_p, True, deterministic, max_q, max_k, requires_grad,
+               bias_grad)  # fmt: skip
+    return plans.describe(inputs[:-1], options, traced=is_traced(inputs))
 
 
 @torch.library.custom_op("regard::attention_fwd", mutates_args=())
@@ -205,14 +202,21 @@ def attention_bwd(
     scalars = (softmax_scale, causal, window_left, window_right, softcap, dropout_p, max_seqlen_q, max_seqlen_k,
                requires_grad, bias_requires_grad, deterministic)  # fmt: skip
     found = _backward(_config_of(inputs, scalars), inputs, backend, strict, out, lse, grad_out, grad_lse)
+    return _ordered(found, inputs)  # type: ignore[return-value]  # five, as DIFFERENTIABLE_INPUTS has
+
+
+def _ordered(found: Gradients, inputs: AttentionInputs) -> tuple[Tensor, ...]:
+    """Gradients in the order of `DIFFERENTIABLE_INPUTS`, as `attention_bwd`'s fake promises them."""
     gradients = []
     for name in DIFFERENTIABLE_INPUTS:
         tensor, gradient = getattr(inputs, name), found.get(name)
         if tensor is None:
-            gradients.append(q.new_empty(0))
+            gradients.append(inputs.q.new_empty(0))
+        elif gradient is None:
+            gradients.append(tensor.new_zeros(tensor.shape))
         else:
-            gradients.append(torch.zeros_like(tensor) if gradient is None else gradient.to(tensor.dtype).contiguous())
-    return tuple(gradients)  # type: ignore[return-value]  # five, as DIFFERENTIABLE_INPUTS has
+            gradients.append(gradient.to(tensor.dtype).contiguous())
+    return tuple(gradients)
 
 
 def _backward(
@@ -251,6 +255,88 @@ def _attention_bwd_fake(
     return tuple(inputs.q.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)  # type: ignore[return-value]  # five
 
 
+def _differentiate_twice(
+    config: AttentionConfig,
+    inputs: AttentionInputs,
+    backend: str,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    seeds: Sequence[Tensor | None],
+) -> dict[str, Tensor | None]:
+    """Gradients of a backward pass: of every differentiable input, ``grad_out`` and ``grad_lse``, by name.
+
+    Kernels have no second derivative, so this differentiates the reference's own backward: exact, but with memory
+    quadratic in the lengths.
+
+    Args:
+        config, inputs, grad_out, grad_lse: what the backward was given.
+        backend: whose backward it was; the warning names it.
+        seeds: gradients of its results, in the order of `DIFFERENTIABLE_INPUTS`.
+    """
+    _warn_of_second_derivative(backend)
+    points = {name: getattr(inputs, name) for name in DIFFERENTIABLE_INPUTS} | {
+        "grad_out": grad_out, "grad_lse": grad_lse
+    }  # fmt: skip
+    if config.is_empty:
+        return dict.fromkeys(points)  # constant gradients
+    with torch.enable_grad():
+        # Aliases, so that what one input owes to another does not count twice.
+        points = {
+            name: point.view_as(point) if point.requires_grad else point.detach().requires_grad_()
+            for name, point in points.items()
+            if point is not None
+        }
+        leaves = {name: points[name] for name in DIFFERENTIABLE_INPUTS if name in points}
+        out, lse = ReferenceBackend().forward(config, inputs._replace(**leaves))
+        results, gradients = [out], [points["grad_out"]]
+        if grad_lse is not None and lse is not None:
+            results.append(lse)
+            gradients.append(points["grad_lse"])
+        first = dict(
+            zip(leaves, torch.autograd.grad(results, list(leaves.values()), gradients, create_graph=True,
+                                            allow_unused=True), strict=True)
+        )  # fmt: skip
+    wanted = [
+        (first[name], seed)
+        for name, seed in zip(DIFFERENTIABLE_INPUTS, seeds, strict=True)
+        if seed is not None and first.get(name) is not None
+    ]
+    second = torch.autograd.grad(
+        [gradient for gradient, _ in wanted], list(points.values()), [seed for _, seed in wanted],
+        create_graph=torch.is_grad_enabled(), allow_unused=True,
+    )  # fmt: skip
+    return {**dict.fromkeys((*DIFFERENTIABLE_INPUTS, "grad_out", "grad_lse")), **dict(zip(points, second, strict=True))}
+
+
+@functools.cache
+def _warn_of_second_derivative(backend: str) -> None:
+    warnings.warn(
+        f"regard: backend {backend!r} has no second derivative; the reference computes it, with memory quadratic in "
+        "the sequence length",
+        FallbackWarning,
+        stacklevel=2,
+    )
+
+
+def _save_for_second_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_out, grad_lse, _, _, *arguments = inputs
+    tensors = len(AttentionInputs._fields)
+    ctx.save_for_backward(grad_out, grad_lse, *arguments[:tensors])
+    ctx.scalars = arguments[tensors:]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_gradient(ctx: Any, *seeds: Tensor | None) -> tuple[Tensor | None, ...]:
+    (grad_out, grad_lse, *tensors), (*scalars, backend, _) = ctx.saved_tensors, ctx.scalars
+    inputs = AttentionInputs(*tensors)
+    second = _differentiate_twice(_config_of(inputs, tuple(scalars)), inputs, backend, grad_out, grad_lse, seeds)
+    return (second["grad_out"], second["grad_lse"], None, None,
+            *(second.get(name) for name in AttentionInputs._fields), *(None for _ in ctx.scalars))  # fmt: skip
+
+
+attention_bwd.register_autograd(_differentiate_gradient, setup_context=_save_for_second_backward)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors = len(AttentionInputs._fields)
     ctx.save_for_backward(*output, *inputs[:tensors])
@@ -262,13 +348,70 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     out, lse, *tensors = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    computed = attention_bwd(grad_out, grad_lse, out, lse, *tensors, *ctx.scalars)
-    found = dict(zip(DIFFERENTIABLE_INPUTS, computed, strict=True))
-    gradients = [
-        found[name] if name in found and tensor is not None and ctx.needs_input_grad[index] else None
-        for index, (name, tensor) in enumerate(zip(AttentionInputs._fields, tensors, strict=True))
-    ]
-    return (*gradients, *(None for _ in ctx.scalars))
+    found = attention_bwd(grad_out, grad_lse, out, lse, *tensors, *ctx.scalars)
+    return (*_by_input(found, tensors, ctx.needs_input_grad), *(None for _ in ctx.scalars))
 
 
 attention_fwd.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def _by_input(found: Sequence[Tensor], tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients in the order of `DIFFERENTIABLE_INPUTS` put in the order of `AttentionInputs`."""
+    named = dict(zip(DIFFERENTIABLE_INPUTS, found, strict=True))
+    return [
+        named[name] if name in named and tensor is not None and want else None
+        for name, tensor, want in zip(AttentionInputs._fields, tensors, wanted[: len(tensors)], strict=True)
+    ]
+
+
+class _Attention(torch.autograd.Function):
+    """What `attention_fwd` and its registered gradient do, without the dispatcher: for calls nobody traces."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, config: AttentionConfig, backend: str, strict: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(config, AttentionInputs(*tensors), backend, strict)
+        assert lse is not None
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.call = config, backend, strict
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        found = _AttentionGradient.apply(*ctx.call, grad_out, grad_lse, out, lse, *tensors)
+        return (None, None, None, *_by_input(found, tensors, ctx.needs_input_grad[3:]))
+
+
+class _AttentionGradient(torch.autograd.Function):
+    """What `attention_bwd` does, likewise."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        config: AttentionConfig,
+        backend: str,
+        strict: bool,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        inputs = AttentionInputs(*tensors)
+        found = _backward(config, inputs, backend, strict, out, lse, grad_out, grad_lse)
+        ctx.save_for_backward(grad_out, grad_lse, *tensors)
+        ctx.call = config, backend
+        ctx.set_materialize_grads(False)
+        return _ordered(found, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *seeds: Tensor | None) -> tuple[Tensor | None, ...]:
+        (config, backend), (grad_out, grad_lse, *tensors) = ctx.call, ctx.saved_tensors
+        second = _differentiate_twice(config, AttentionInputs(*tensors), backend, grad_out, grad_lse, seeds)
+        return (None, None, None, second["grad_out"], second["grad_lse"], None, None,
+                *(second.get(name) for name in AttentionInputs._fields))  # fmt: skip

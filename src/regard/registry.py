@@ -39,7 +39,10 @@ class AttentionBackend(Protocol):
         """The name it is chosen by."""
 
     def unsupported_reasons(self, config: AttentionConfig) -> Sequence[Reason]:
-        """Every reason why this backend cannot serve ``config``; empty if it can. Must not need the device."""
+        """Every reason why this backend cannot serve ``config``; empty if it can. Must not need the device.
+
+        The answer must follow from ``config`` alone: it is remembered for calls that look alike.
+        """
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
         """The layout k and v must be in: ``config.kv_layout`` where the backend reads that one."""
@@ -114,6 +117,7 @@ class Registry:
         self._quarantined: dict[tuple[str, tuple[Any, ...]], str] = {}
         self._warned: set[tuple[Any, ...]] = set()
         self._entry_points_loaded = False
+        self._changes = 0
         self._scoped: contextvars.ContextVar[str | None] = contextvars.ContextVar("regard_backend", default=None)
         self._recorders: contextvars.ContextVar[tuple[list[tuple[AttentionConfig, Selection]], ...]] = (
             contextvars.ContextVar("regard_recorders", default=())
@@ -147,6 +151,7 @@ class Registry:
                 )
             self._backends[name] = backend
             self._priority[name] = priority
+            self._changes += 1
 
     def unregister(self, name: str) -> None:
         """Remove a backend. A default that names it, and its quarantines, are cleared."""
@@ -156,6 +161,7 @@ class Registry:
             self._quarantined = {key: failure for key, failure in self._quarantined.items() if key[0] != name}
             if self._default == name:
                 self._default = None
+            self._changes += 1
 
     def get(self, name: str) -> AttentionBackend:
         """The backend of that name."""
@@ -177,6 +183,7 @@ class Registry:
         if name is not None and name != "auto":
             self.get(name)
         self._default = None if name == "auto" else name
+        self._changes += 1
 
     @contextlib.contextmanager
     def use_backend(self, name: str) -> Iterator[None]:
@@ -240,9 +247,18 @@ class Registry:
             selection = Selection(name, strict=True, why=f"{name}: chosen by name")
         else:
             selection = self._select_automatically(config)
+        self.record(config, selection)
+        return selection
+
+    def record(self, config: AttentionConfig, selection: Selection) -> None:
+        """Tell every `record_selections` around this call."""
         for recorder in self._recorders.get():
             recorder.append((config, selection))
-        return selection
+
+    @property
+    def state(self) -> tuple[int, str | None]:
+        """Everything of the registry that `select` depends on: equal states choose alike."""
+        return self._changes, self._scoped.get()
 
     def explain(self, config: AttentionConfig, backend: str | None = None) -> Explanation:
         """List every backend with its reasons, and what `select` would choose. Raises nothing for lack of support."""
@@ -262,6 +278,7 @@ class Registry:
         )
         with self._lock:
             self._quarantined[name, _kernel_class(config)] = message
+            self._changes += 1
         warnings.warn(
             f"regard: backend {name!r} failed on {config.describe()} and is not used for such calls any more in this "
             f"process: {message}",

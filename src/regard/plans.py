@@ -1,0 +1,129 @@
+"""What is decided about a call before it runs, remembered for calls that look the same.
+
+Validation and selection cost more host time than a launch, and depend on nothing but what `_appearance` and the
+registry's state say. Values inside tensors are looked at in every call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard import lengths
+from regard.config import AttentionConfig, AttentionInputs
+from regard.registry import Selection, registry
+
+TENSORS = AttentionInputs._fields[:-1]
+"""The tensor arguments of a call in the order of `describe`: all of `AttentionInputs` but the dropout seed."""
+
+OPTIONS = (
+    "layout", "causal", "window", "softmax_scale", "softcap", "dropout_p", "return_lse", "deterministic",
+    "max_seqlen_q", "max_seqlen_k", "requires_grad", "bias_requires_grad",
+)  # fmt: skip
+"""The other arguments of `AttentionConfig.from_tensors` in the order of `describe`."""
+
+
+def describe(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], *, traced: bool) -> AttentionConfig:
+    """Validate a call, or remember the config of a call that looked the same: it is the same object then.
+
+    Args:
+        tensors: in the order of `TENSORS`, as the caller wrote them.
+        options: in the order of `OPTIONS`.
+        traced: what `is_traced` says of the tensors; then nothing is remembered.
+
+    Raises:
+        ConfigError: an argument is malformed.
+    """
+    key = known = None
+    if not traced:
+        try:
+            key = _appearance(tensors, options)
+            known = _recent.find(key)
+        except TypeError:  # a hash of something malformed: the validator says it better
+            key = None
+    if known is not None and _values_fit(known, tensors, options):
+        return known
+    config = AttentionConfig.from_tensors(
+        **dict(zip(TENSORS, tensors, strict=True)), **dict(zip(OPTIONS, options, strict=True))
+    )
+    if key is not None:
+        _recent.keep(key, config)
+    return config
+
+
+def select(config: AttentionConfig, backend: str | None) -> Selection:
+    """`Registry.select`, remembered with the config for as long as the registry does not change."""
+    if backend is not None and not isinstance(backend, str):
+        return registry.select(config, backend)
+    changes, scoped = registry.state
+    key = (backend, scoped)
+    known: tuple[int, Selection] | None = config.prepared.get(key)
+    if known is not None and known[0] == changes:
+        registry.record(config, known[1])
+        return known[1]
+    selection = registry.select(config, backend)
+    config.prepared[key] = (changes, selection)
+    return selection
+
+
+def _appearance(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Everything a config and what is prepared for it can depend on, but values in tensors.
+
+    The types of options count: 1 and True are equal, but only one of them is a legal ``causal``.
+    """
+    window, q = options[2], tensors[0]
+    return (
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors],
+        options,
+        *map(type, options),
+        None if window is None else tuple(map(type, window)),
+        torch.is_grad_enabled(),
+        torch.get_float32_matmul_precision() if q is not None and q.dtype == torch.float32 else None,
+    )
+
+
+def _values_fit(config: AttentionConfig, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> bool:
+    """Whether a remembered config holds for the values in index tensors of a call that looks the same.
+
+    Raises:
+        ConfigError: some values are not legal.
+    """
+    k, (*_, cu_seqlens_q, cu_seqlens_k, kv_lens, block_table) = tensors[1], tensors
+    if cu_seqlens_q is not None:
+        assert config.total_q is not None and config.total_k is not None
+        totals, stated = (config.total_q, config.total_k), options[8:10]
+        _, *longest = lengths.describe_packed(totals, (cu_seqlens_q, cu_seqlens_k), stated, cu_seqlens_q.device)
+        return longest == [config.seqlen_q, config.seqlen_k]
+    if kv_lens is not None:
+        lengths.check_kv_lens(kv_lens, config.seqlen_k)
+        if block_table is not None and k is not None and config.page_size is not None:
+            lengths.check_pages(block_table, kv_lens, k.shape[0], config.page_size)
+    return True
+
+
+class _Recent:
+    """The configs used last: at least ``size`` of them, at most twice as many.
+
+    Two generations instead of an exact order of use, since a hit in the younger one costs a single lookup.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._younger: dict[Any, AttentionConfig] = {}
+        self._older: dict[Any, AttentionConfig] = {}
+
+    def find(self, key: Any) -> AttentionConfig | None:
+        found = self._younger.get(key)
+        if found is None and (found := self._older.get(key)) is not None:
+            self.keep(key, found)
+        return found
+
+    def keep(self, key: Any, config: AttentionConfig) -> None:
+        if len(self._younger) >= self._size:
+            self._older, self._younger = self._younger, {}
+        self._younger[key] = config
+
+
+_recent = _Recent(512)
