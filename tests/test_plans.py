@@ -1,0 +1,276 @@
+"""Calls that look alike share one config and selection; any difference makes another."""
+
+import timeit
+import warnings
+
+import pytest
+import torch
+
+import regard
+from regard import plans
+
+B, S, H, D = 2, 8, 4, 16
+
+
+class Probe:
+    """A backend that does nothing and shows the config it was given."""
+
+    name = "probe"
+
+    def __init__(self, name="probe", reasons=()):
+        self.name, self.reasons, self.seen = name, reasons, []
+
+    def unsupported_reasons(self, config):
+        return self.reasons
+
+    def required_kv_layout(self, config):
+        return config.kv_layout
+
+    def forward(self, config, inputs):
+        self.seen.append(config)
+        lse = inputs.q.new_zeros(*inputs.q.shape[:-3], inputs.q.shape[-2], inputs.q.shape[-3], dtype=torch.float32)
+        return inputs.q[..., :1].expand(*inputs.q.shape[:-1], inputs.v.shape[-1]).contiguous(), lse
+
+    def backward(self, config, inputs, out, lse, grad_out, grad_lse):
+        return {}
+
+
+@pytest.fixture(autouse=True)
+def probe():
+    made = Probe()
+    regard.register(made, priority=99)
+    yield made
+    regard.unregister("probe")
+
+
+def arguments(**changes):
+    made = dict(
+        q=torch.randn(B, S, H, D), k=torch.randn(B, S, 2, D), v=torch.randn(B, S, 2, D), mask=None, bias=None,
+        alibi_slopes=None, sinks=None, kv_lens=None, causal=True, window=(4, 0), softmax_scale=0.5, softcap=1.0,
+        dropout_p=0.1, layout="bshd", return_lse=True, deterministic=False,
+    )  # fmt: skip
+    return made | changes
+
+
+def config_of(probe, **changes):
+    regard.attention(**arguments(**changes))
+    return probe.seen[-1]
+
+
+def test_calls_that_look_alike_share_the_config(probe):
+    assert config_of(probe) is config_of(probe)
+    lens = {"kv_lens": torch.tensor([3, 4], dtype=torch.int32)}
+    assert config_of(probe, **lens) is config_of(probe, kv_lens=torch.tensor([8, 0], dtype=torch.int32))
+
+
+def strided(*shape):
+    return torch.randn(*shape[:-1], shape[-1] + 8)[..., : shape[-1]]
+
+
+CHANGES = {
+    "batch": {name: torch.randn(3, S, heads, D) for name, heads in (("q", H), ("k", 2), ("v", 2))},
+    "seqlen_q": {"q": torch.randn(B, S + 1, H, D)},
+    "seqlen_k": {"k": torch.randn(B, S + 1, 2, D), "v": torch.randn(B, S + 1, 2, D)},
+    "heads_q": {"q": torch.randn(B, S, 2, D)},
+    "heads_kv": {"k": torch.randn(B, S, 4, D), "v": torch.randn(B, S, 4, D)},
+    "head_dim": {"q": torch.randn(B, S, H, 8), "k": torch.randn(B, S, 2, 8)},
+    "head_dim_v": {"v": torch.randn(B, S, 2, 8)},
+    "q strides": {"q": strided(B, S, H, D)},
+    "k strides": {"k": strided(B, S, 2, D)},
+    "v strides": {"v": strided(B, S, 2, D)},
+    "dtype": {name: torch.randn(B, S, h, D, dtype=torch.bfloat16) for name, h in (("q", H), ("k", 2), ("v", 2))},
+    "device": {name: torch.randn(B, S, h, D, device="meta") for name, h in (("q", H), ("k", 2), ("v", 2))},
+    "layout": {"layout": "bhsd", "q": torch.randn(B, H, S, D), "k": torch.randn(B, 2, S, D), "v": torch.randn(B, 2, S, D)},
+    **{f"{name} gradient": {name: torch.randn(B, S, h, D, requires_grad=True)} for name, h in (("q", H), ("k", 2), ("v", 2))},
+    "mask": {"mask": torch.ones(1, 1, S, S, dtype=torch.bool)},
+    "mask shape": {"mask": torch.ones(1, 1, 1, S, dtype=torch.bool)},
+    "bias": {"bias": torch.zeros(1, 1, S, S)},
+    "bias shape": {"bias": torch.zeros(1, 1, 1, S)},
+    "bias strides": {"bias": torch.zeros(1, 1, S, S + 1)[..., :S]},
+    "bias dtype": {"bias": torch.zeros(1, 1, S, S, dtype=torch.float16)},
+    "bias gradient": {"bias": torch.zeros(1, 1, S, S, requires_grad=True)},
+    "alibi_slopes": {"alibi_slopes": torch.ones(H)},
+    "alibi_slopes shape": {"alibi_slopes": torch.ones(B, H)},
+    "sinks": {"sinks": torch.ones(H)},
+    "sinks gradient": {"sinks": torch.ones(H, requires_grad=True)},
+    "sinks dtype": {"sinks": torch.ones(H, dtype=torch.float16)},
+    "kv_lens": {"kv_lens": torch.tensor([8, 8], dtype=torch.int32)},
+    "causal": {"causal": False},
+    "window": {"window": (5, 0)},
+    "no window": {"window": None},
+    "window side": {"window": (None, 0)},
+    "softmax_scale": {"softmax_scale": 0.25},
+    "default scale": {"softmax_scale": None},
+    "softcap": {"softcap": 2.0},
+    "dropout_p": {"dropout_p": 0.2},
+    "return_lse": {"return_lse": False},
+    "deterministic": {"deterministic": True},
+}  # fmt: skip
+
+
+def test_one_difference_makes_another_config(probe):
+    """Each change against the plain call and against every other one, so that presence alone is not what is told."""
+    configs = {"unchanged": config_of(probe)}
+    for name, change in CHANGES.items():
+        configs[name] = config_of(probe, **change)
+    assert len({id(config) for config in configs.values()}) == len(configs)
+    for name, change in CHANGES.items():
+        assert config_of(probe, **change) is configs[name], name
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_modes_make_another_config(probe, context):
+    q = torch.randn(B, S, H, D, requires_grad=True)
+    before = config_of(probe, q=q)
+    with context():
+        inside = config_of(probe, q=q)
+    assert inside != before
+    assert config_of(probe, q=q) is before
+
+
+def test_matmul_precision_makes_another_config_in_float32_only(probe):
+    half = {name: arguments()[name].half() for name in "qkv"}
+    before = config_of(probe), config_of(probe, **half)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert config_of(probe) is not before[0] and config_of(probe, **half) is before[1]
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert config_of(probe) is before[0]
+
+
+def chosen(**options):
+    q = torch.randn(1, 4, 2, 8)
+    with regard.record_selections() as recorded:
+        regard.attention(q, q, q, **options)
+    ((_, selection),) = recorded
+    return selection.backend, selection.strict
+
+
+def test_every_call_is_selected_by_the_registry_of_its_moment(probe):
+    """One call, one property of the registry changed at a time; the second of two equal calls is a remembered one."""
+    for _ in range(2):
+        assert chosen() == ("probe", False)
+        assert chosen(backend="reference") == ("reference", True)
+        assert chosen(backend="auto") == ("probe", False)
+        with regard.use_backend("sdpa"):
+            assert chosen() == chosen() == ("sdpa", True)
+            assert chosen(backend="cpu") == ("cpu", True)
+            with regard.use_backend("auto"):
+                assert chosen() == ("probe", False)
+        regard.set_default("cpu")
+        assert chosen() == chosen() == ("cpu", True)
+        regard.set_default(None)
+        assert chosen() == ("probe", False)
+        regard.register(Probe("newcomer"), priority=100)
+        assert chosen() == chosen() == ("newcomer", False)
+        regard.unregister("newcomer")
+        assert chosen() == ("probe", False)
+
+
+def test_a_quarantine_ends_what_was_remembered(probe, monkeypatch):
+    assert chosen() == ("probe", False)
+
+    def fail(config, inputs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(probe, "forward", fail)
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.warns(regard.FallbackWarning, match="probe"):
+        regard.attention(q, q, q)
+    assert chosen() == ("cpu", False)
+
+
+def test_a_passed_over_backend_is_warned_of_once():
+    regard.register(Probe("faster", reasons=(regard.Reason("length", "4", "8"),)), priority=100)
+    try:
+        with pytest.warns(regard.FallbackWarning, match="faster"):
+            chosen()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            chosen()
+    finally:
+        regard.unregister("faster")
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("causal", 1), ("window", (True, 0)), ("window", [4.0, 0]), ("window", (4.0, 0)), ("window", [[4], 0]),
+    ("softmax_scale", True), ("softcap", True), ("dropout_p", False), ("return_lse", 1), ("deterministic", 0),
+])  # fmt: skip
+def test_what_equals_a_legal_value_is_still_refused(name, wrong):
+    legal = {"softmax_scale": 1.0, "dropout_p": 0.0, "window": (1, 0)}.get(name)
+    regard.attention(**arguments(**({} if legal is None else {name: legal})))
+    with pytest.raises(regard.ConfigError, match=name):
+        regard.attention(**arguments(**{name: wrong}))
+
+
+def test_values_in_index_tensors_are_checked_in_every_call(probe):
+    lens = torch.tensor([3, 4], dtype=torch.int32)
+    config_of(probe, kv_lens=lens)
+    lens[1] = S + 1
+    for _ in range(2):
+        with pytest.raises(regard.ConfigError, match=r"kv_lens\[1\]: got 9"):
+            config_of(probe, kv_lens=lens)
+    lens[1] = S
+    assert config_of(probe, kv_lens=lens).kv_lens
+
+
+def test_offsets_give_the_longest_sequence_of_every_call(probe):
+    q = torch.randn(9, 2, 8)
+
+    def longest(*offsets, **stated):
+        offsets = torch.tensor(offsets, dtype=torch.int32)
+        regard.varlen_attention(q, q, q, offsets, offsets, **stated)
+        return probe.seen[-1].seqlen_q
+
+    assert longest(0, 3, 9) == longest(0, 6, 9) == 6
+    assert probe.seen[-1] is probe.seen[-2]
+    assert longest(0, 1, 9) == 8
+    for wrong in ((0, 7, 8), (0, 10, 9), (1, 3, 9)):
+        with pytest.raises(regard.ConfigError, match="cu_seqlens"):
+            longest(*wrong)
+    with pytest.raises(regard.ConfigError, match="max_seqlen_q"):
+        longest(0, 3, 9, max_seqlen_q=5, max_seqlen_k=9)
+
+
+def test_one_tensor_as_offsets_and_as_lengths(probe):
+    """What was found in a tensor in one role says nothing about the other."""
+    numbers = torch.tensor([0, 9], dtype=torch.int32)
+    packed, padded = torch.randn(9, 2, 8), torch.randn(2, 9, 2, 8)
+    for _ in range(2):
+        regard.varlen_attention(packed, packed, packed, numbers, numbers)
+        regard.attention(padded, padded, padded, kv_lens=numbers)
+    with pytest.raises(regard.ConfigError, match="kv_lens"):
+        regard.attention(padded[:, :4], padded[:, :4], padded[:, :4], kv_lens=numbers)
+
+
+def test_pages_are_checked_in_every_call(probe):
+    q, cache = torch.randn(2, 1, 2, 8), torch.randn(4, 2, 2, 8)
+    table, lens = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
+    regard.paged_attention(q, cache, cache, table, lens)
+    table[1, 1] = 4
+    with pytest.raises(regard.ConfigError, match=r"block_table\[1\]"):
+        regard.paged_attention(q, cache, cache, table, lens)
+    lens[1] = 2  # then that entry is not in use
+    regard.paged_attention(q, cache, cache, table, lens)
+
+
+def test_memory_of_plans_is_bounded():
+    recent = plans._Recent(4)
+    for number in range(100):
+        recent.keep(number, number)
+        recent.find(0)
+    kept = [number for number in range(1, 100) if recent.find(number) is not None]
+    assert recent.find(0) == 0 and 4 <= len(kept) < 8 and kept[-1] == 99
+
+
+def test_host_time_of_a_call():
+    """The bound is for a loaded two-core machine; the H200's host takes a third of it."""
+    q = torch.randn(1, 16, 2, 8)
+    microseconds = min(timeit.repeat(lambda: regard.attention(q, q, q, causal=True), number=500, repeat=9)) / 500 * 1e6
+    assert microseconds < 40
