@@ -1,4 +1,4 @@
-"""The command line: ``regard info``, ``regard explain``, ``regard generate``.
+"""The command line: ``regard info``, ``regard explain``, ``regard generate``; `regard.bench.commands` has the rest.
 
 Parses and prints; what it prints comes from the package. Imports are inside the commands, so that help is quick.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regard.bench import commands
 from regard.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ def _root(
     pass
 
 
+app.command()(commands.bench)
+app.command()(commands.report)
+
+
 @app.command()
 def info(as_json: JsonOption = False) -> None:
     """Versions, devices, backends in order of selection, and optional packages."""
@@ -128,7 +133,7 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Which backend would serve a call, and every backend's reasons against it. Needs no such device."""
-    with _one_line_errors():
+    with one_line_errors():
         from regard.config import AttentionConfig
         from regard.registry import registry
 
@@ -204,7 +209,7 @@ def generate(
     ] = None,
 ) -> None:
     """Let a language model answer through regard's attention, with timings and the backend of every kind of layer."""
-    with _one_line_errors():
+    with one_line_errors():
         import torch
 
         from regard.registry import registry
@@ -215,7 +220,7 @@ def generate(
 
         source = models.find(model)
         request = Request(prompt, max_new_tokens, chat, temperature, seed)
-        place = _device(device)
+        place = device_of(device)
         weights = _dtype(dtype or ("float32" if place.type == "cpu" else "bfloat16"))
         _check_backend(backend)
         _check_comparison(compare, request.temperature)
@@ -429,7 +434,7 @@ def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Turn what the user did wrong into its sentence and exit code 2; anything else is a defect and keeps its trace."""
     try:
         yield
@@ -443,7 +448,7 @@ def _device_of_arch(arch: str | None) -> tuple[str, str]:
     from regard.config import architecture
 
     if arch is None:
-        place = _device(None)
+        place = device_of(None)
         return place.type, architecture(place)
     if arch == "cpu":
         return "cpu", arch
@@ -452,7 +457,8 @@ def _device_of_arch(arch: str | None) -> tuple[str, str]:
     raise ConfigError("arch", repr(arch), "cpu, sm and digits (sm90), or gfx and digits (gfx1100)")
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, which must be in this machine; None: a GPU if there is one."""
     import torch
 
     if name is None:

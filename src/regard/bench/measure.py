@@ -1,0 +1,314 @@
+"""How long a call takes, how much memory it takes, and what the machine could do at best, all measured.
+
+Implementations of a workload are timed in turns, a round each, so that a clock that drops or another program that
+starts hits all of them; ratios are taken round by round. Rounds go on until the median is known well
+enough or time is up.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+
+CONFIDENCE = 0.95
+_Z = 1.96  # of the normal distribution at that confidence
+LOW, HIGH = 0.2, 0.8  # quantiles that rows give beside the median
+_MIN_ROUNDS = 5
+_SHORT = 100e-6  # seconds; shorter kernels are timed by replaying a graph of several, if they can be captured
+_QUEUE = 256  # calls put on the GPU's queue at once; it holds about a thousand launches
+_FLUSH_BYTES = 512 << 20  # larger than any L2 cache
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        seconds: of measuring for each implementation of a workload, at most; warm-up is not counted.
+        precision: stop earlier once the 95 % confidence interval of every median is within this fraction of it.
+        flush_l2: empty the GPU's cache before every call.
+        timer: ``"events"``, ``"graph"`` (CUDA-graph replay) or ``"auto"``: graphs for calls below 100 µs.
+    """
+
+    seconds: float = 0.25
+    precision: float = 0.01
+    flush_l2: bool = False
+    timer: str = "auto"
+
+
+@dataclass
+class Timing:
+    """Times of one implementation, in seconds a call.
+
+    Attributes:
+        samples: every time taken.
+        rounds: the median of each round.
+        timer: ``"wall"``, ``"events"`` or ``"graph"``.
+    """
+
+    timer: str = "wall"
+    samples: list[float] = field(default_factory=list)
+    rounds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Of all samples."""
+        return statistics.median(self.samples)
+
+    def quantile(self, fraction: float) -> float:
+        """The sample that this fraction of samples does not exceed."""
+        ordered = sorted(self.samples)
+        return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
+
+    def interval(self) -> tuple[float, float]:
+        """Confidence interval of the median, free of any assumption on the distribution: two order statistics
+        (Le Boudec 2010, "Performance Evaluation of Computer and Communication Systems", theorem 2.1).
+        """
+        ordered, count = sorted(self.samples), len(self.samples)
+        reach = _Z * math.sqrt(count) / 2
+        first, last = math.floor(count / 2 - reach), math.ceil(count / 2 + reach)
+        return ordered[max(0, first)], ordered[min(count - 1, last)]
+
+    def is_precise(self, precision: float) -> bool:
+        """Whether the interval lies within this fraction around the median."""
+        low, high = self.interval()
+        return len(self.rounds) >= _MIN_ROUNDS and (high - low) / 2 <= precision * self.median
+
+
+def time_together(runs: Mapping[str, Run], device: torch.device, settings: Settings) -> dict[str, Timing]:
+    """Time several calls in turns.
+
+    Args:
+        runs: calls by name, each already made once.
+        device: what they run on.
+        settings: see `Settings`.
+    """
+    samplers = {name: _sampler(run, device, settings) for name, run in runs.items()}
+    timings = {name: Timing(sampler.timer) for name, sampler in samplers.items()}
+    order = list(samplers)
+    deadline = time.perf_counter() + settings.seconds * len(order)
+    for number in range(10_000):
+        for name in order if number % 2 == 0 else reversed(order):
+            taken = samplers[name].sample()
+            timings[name].samples += taken
+            timings[name].rounds.append(statistics.median(taken))
+        if time.perf_counter() > deadline or all(t.is_precise(settings.precision) for t in timings.values()):
+            break
+    return timings
+
+
+def speedup(reference: Timing, timing: Timing) -> tuple[float, float, float]:
+    """How many times faster than the reference: the median of the ratios of each round, and their quantiles."""
+    ratios = Timing(samples=[a / b for a, b in zip(reference.rounds, timing.rounds, strict=True)])
+    return ratios.median, ratios.quantile(LOW), ratios.quantile(HIGH)
+
+
+def _sampler(run: Run, device: torch.device, settings: Settings) -> _WallClock | _Events | _GraphReplay:
+    if device.type != "cuda":
+        return _WallClock(run)
+    events = _Events(run, settings)
+    wanted = settings.timer == "graph" or (settings.timer == "auto" and events.estimate < _SHORT)
+    if wanted and not settings.flush_l2:
+        try:
+            return _GraphReplay(run, events.estimate)
+        except Exception:  # what cannot be captured (it synchronises, or plans on the host) is timed by events
+            torch.cuda.synchronize()
+    return events
+
+
+class _WallClock:
+    """Calls on the CPU; a sample is long enough for the clock."""
+
+    timer = "wall"
+    _LONG_ENOUGH = 300e-6
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        estimate = self._seconds(1)
+        if estimate < 10 * self._LONG_ENOUGH:
+            estimate = min(estimate, self._seconds(3))
+        self._calls = max(1, math.ceil(self._LONG_ENOUGH / estimate))
+
+    def sample(self) -> list[float]:
+        return [self._seconds(self._calls)]
+
+    def _seconds(self, calls: int) -> float:
+        run = self._run
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - started) / calls
+
+
+class _Events:
+    """Device events around every call. The GPU first sleeps while the host puts the calls on its queue, so that the
+    time the host needs for a call does not count.
+    """
+
+    timer = "events"
+
+    def __init__(self, run: Run, settings: Settings) -> None:
+        self._run = run
+        self._flush = _flush_buffer() if settings.flush_l2 else None
+        started = time.perf_counter()
+        run()
+        self._host = time.perf_counter() - started
+        torch.cuda.synchronize()
+        self.estimate = statistics.median(self._batch(3))
+        per_round = settings.seconds / (2 * _MIN_ROUNDS)
+        self._calls = max(1, min(_QUEUE, int(per_round / max(self.estimate, 1e-6))))
+
+    def sample(self) -> list[float]:
+        return self._batch(self._calls)
+
+    def _batch(self, calls: int) -> list[float]:
+        pairs = [[_event() for _ in range(2)] for _ in range(calls)]
+        _sleep(int(_cycles_per_second() * min(0.05, 2 * self._host * calls + 20e-6)))
+        for before, after in pairs:
+            if self._flush is not None:
+                self._flush.zero_()
+            before.record()
+            self._run()
+            after.record()
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) * 1e-3 for before, after in pairs]
+
+
+class _GraphReplay:
+    """Several calls captured in a CUDA graph: the GPU runs them back to back, the host takes no part."""
+
+    timer = "graph"
+    _LONG_ENOUGH = 1e-3
+    _REPLAYS = 10
+
+    def __init__(self, run: Run, estimate: float) -> None:
+        self._calls = max(1, min(_QUEUE, math.ceil(self._LONG_ENOUGH / max(estimate, 1e-6))))
+        self._graph = torch.cuda.CUDAGraph()
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self._graph):
+            for _ in range(self._calls):
+                run()
+        self._graph.replay()
+        torch.cuda.synchronize()
+
+    def sample(self) -> list[float]:
+        events = [_event() for _ in range(self._REPLAYS + 1)]
+        events[0].record()
+        for event in events[1:]:
+            self._graph.replay()
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) * 1e-3 / self._calls for a, b in zip(events[:-1], events[1:], strict=True)]
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _sleep(cycles: int) -> None:
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _cycles_per_second() -> float:
+    """Of the counter that `torch.cuda._sleep` counts by, measured."""
+    cycles = 2_000_000
+    _sleep(cycles)
+    first, last = _event(), _event()
+    first.record()
+    _sleep(cycles)
+    last.record()
+    torch.cuda.synchronize()
+    return float(cycles / (first.elapsed_time(last) * 1e-3))
+
+
+@functools.cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def host_seconds(run: Run, device: torch.device, calls: int = 20) -> float:
+    """Median time the host needs for a call. On a CPU, give a call that has next to nothing to compute."""
+    taken = []
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    for _ in range(calls):
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return statistics.median(taken)
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """Memory that torch's allocator hands out during a call beyond what is held before it, the result included. None
+    where this torch cannot say.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = run()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    return _peak_bytes_on_cpu(run)
+
+
+def _peak_bytes_on_cpu(run: Run) -> int | None:
+    """The running sum of what the CPU allocator reports to torch's profiler."""
+    autograd: Any = torch.autograd
+    if not hasattr(autograd, "_enable_profiler_legacy"):
+        return None
+    experimental = torch._C._profiler._ExperimentalConfig()
+    config = autograd.ProfilerConfig(autograd.ProfilerState.CPU, False, True, False, False, False, experimental)
+    autograd._enable_profiler_legacy(config)
+    try:
+        run()
+    finally:
+        threads = autograd._disable_profiler_legacy()
+    held = peak = 0
+    for event in (event for thread in threads for event in thread):
+        if event.kind() == "memory_alloc":
+            held += event.cpu_memory_usage()
+            peak = max(peak, held)
+    return peak
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches where nothing is in the way, measured: operations a second of a large matrix product,
+    and bytes a second (read and written) of a large copy.
+    """
+
+    flops: float
+    bytes: float
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Time a square matrix product of this dtype and a copy that fits no cache."""
+    on_cpu = device.type == "cpu"
+    side, size = (768, 64 << 20) if on_cpu else (8192, 1 << 30)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    settings = Settings(seconds=0.3, timer="events")
+    runs: dict[str, Run] = {"product": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
+    for run in runs.values():
+        run()
+    best = {name: timing.quantile(0.0) for name, timing in time_together(runs, device, settings).items()}
+    return Ceilings(2 * side**3 / best["product"], 2 * size / best["copy"])
