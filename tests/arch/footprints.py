@@ -52,14 +52,12 @@ class Kernel(NamedTuple):
 
 
 def _forward(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-    from regard.kernels.forward import attention_forward
-
     out = inputs.q.new_empty((*inputs.q.shape[:-1], config.head_dim_v))
     lse = inputs.q.new_empty(config.total_q or config.batch, config.heads_q, config.seqlen_q, dtype=torch.float32)
     if config.varlen:
         lse = inputs.q.new_empty(config.heads_q, config.total_q, dtype=torch.float32)
-    _, arguments, options = flash.forward_launch(config, inputs, out, lse)
-    return attention_forward, arguments, options
+    launch = flash.forward_launch(config, inputs, out, lse)
+    return launch.kernel, launch.arguments, launch.options
 
 
 KERNELS = {"forward": Kernel(tuning.FORWARD, _forward)}

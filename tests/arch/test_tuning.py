@@ -19,7 +19,7 @@ def power_of_two(value):
 def test_every_call_has_a_tile(entry):
     flags = (False, True)
     for call in itertools.product(flags, (0, 1, 512, 2**20), [*TRITON_VERSIONS, (4, 0)], flags):
-        assert isinstance(tuning.forward_tile(*entry, *call), tuning.Tile)
+        assert isinstance(tuning.select_tile(tuning.FORWARD, *entry, *call), tuning.Tile)
 
 
 def test_the_table_has_no_entry_that_nothing_asks_for():

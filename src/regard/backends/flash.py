@@ -8,15 +8,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from regard.backends.reference import dropout_threshold
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
-from regard.errors import Reason, UnsupportedError
+from regard.errors import Reason
 from regard.kernels import tuning
 from regard.registry import Gradients
 
@@ -25,7 +26,17 @@ _INTERPRETER_ARCH = "sm80"
 _LARGEST_TILE = 256  # rows or columns; a larger stride than 2**31 / this needs 64-bit offsets inside a tile
 
 
-_NO_BACKWARD = Reason("backward", "a gradient", "a forward-only call", "its kernels have no backward")
+class Launch(NamedTuple):
+    """One kernel launch: everything but the device."""
+
+    kernel: Any
+    programs: int
+    arguments: Mapping[str, Any]
+    options: Mapping[str, int]
+
+    def run(self, device: torch.device) -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 class FlashBackend:
@@ -51,25 +62,22 @@ class FlashBackend:
         head_dim = max(config.head_dim, config.head_dim_v)
         if head_dim > MAX_HEAD_DIM:
             reasons.append(Reason("head_dim", str(head_dim), f"at most {MAX_HEAD_DIM}"))
-        if config.requires_grad:
-            reasons.append(_NO_BACKWARD)
+        if config.page_size is not None and config.requires_grad:
+            reasons.append(Reason("backward", "a gradient through a paged KV cache", "contiguous keys and values"))
         return reasons
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
         return config.kv_layout
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        from regard.kernels.forward import attention_forward
-
         q, v = inputs.q, inputs.v
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
         lse_shape = (q.shape[1], q.shape[0]) if config.varlen else (q.shape[0], q.shape[2], q.shape[1])
         lse = q.new_empty(lse_shape, dtype=torch.float32)
-        programs, arguments, options = forward_launch(config, inputs, out, lse)
-        with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-            attention_forward[(programs,)](**arguments, **options)
+        forward_launch(config, inputs, out, lse).run(q.device)
         return out, lse
 
+    @torch.no_grad()
     def backward(
         self,
         config: AttentionConfig,
@@ -79,86 +87,259 @@ class FlashBackend:
         grad_out: Tensor,
         grad_lse: Tensor | None,
     ) -> Gradients:
-        raise UnsupportedError("flash has no backward kernel", {self.name: [_NO_BACKWARD]})
+        assert lse is not None
+        if not _aligned(grad_out):
+            grad_out = grad_out.contiguous()
+        # Every row of a padded batch is written, but packed sequences may leave some out.
+        new = torch.zeros_like if config.varlen else torch.empty_like
+        row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
+        found = {name: new(getattr(inputs, name), memory_format=torch.contiguous_format) for name in ("q", "k", "v")}
+        row_terms_launch(config, out, grad_out, lse, grad_lse, row_lse, delta).run(grad_out.device)
+        gradients = inputs._replace(**found)
+        for launch in backward_launches(config, inputs, grad_out, row_lse, delta, gradients):
+            launch.run(grad_out.device)
+        if inputs.bias is not None and config.bias_requires_grad:
+            if inputs.bias.shape[3] == 1:
+                found["bias"] = _summed_over_keys(inputs, row_lse, delta, grad_lse).sum_to_size(inputs.bias.shape)
+            else:
+                launch, reduced = bias_launch(config, inputs, grad_out, row_lse, delta)
+                launch.run(grad_out.device)
+                found["bias"] = reduced.sum_to_size(inputs.bias.shape)
+        if inputs.sinks is not None:
+            rows = _sink_weights(inputs, row_lse) * delta
+            found["sinks"] = -rows.sum((0, 2) if rows.ndim == 3 else 1)
+        return {name: gradient.to(getattr(inputs, name).dtype) for name, gradient in found.items()}
 
 
-def forward_launch(
-    config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor
-) -> tuple[int, Mapping[str, Any], Mapping[str, int]]:
-    """Number of programs, arguments by name and compile options of the forward kernel for one call.
+def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> Launch:
+    """The forward kernel's launch for one call.
 
     Reads shapes and strides only, so that the compile gate can ask for calls on devices that are not there.
     """
-    arch = tuning.table_architecture(config.arch) or _INTERPRETER_ARCH
+    from regard.kernels.forward import attention_forward
+
+    tile = _tile(config, tuning.FORWARD, _aligned(inputs.k) and _aligned(inputs.v))
+    arguments = dict(
+        **_score_arguments(config, inputs),
+        **_tile_arguments(config, tile, config.seqlen_k % tile.block_n != 0),
+        out_ptr=out,
+        lse_ptr=lse,
+        sinks_ptr=inputs.sinks,
+        block_table_ptr=inputs.block_table,
+        out_strides=_strides4(out),
+        lse_strides=_lse_strides(lse),
+        block_table_stride=0 if inputs.block_table is None else inputs.block_table.stride(0),
+        page_size=config.page_size or 1,
+        WIDE=_wide(*inputs[:5], out),
+    )
+    programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q
+    return _launch(attention_forward, programs, arguments, tile)
+
+
+def row_terms_launch(
+    config: AttentionConfig,
+    out: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    row_lse: Tensor,
+    delta: Tensor,
+) -> Launch:
+    """The launch that prepares the backward: fills row_lse and delta, which have lse's shape and strides."""
+    from regard.kernels.backward import row_terms
+
+    block_m = 64
+    rows = lse.shape[-1]
+    arguments = dict(
+        out_ptr=out,
+        grad_out_ptr=grad_out,
+        lse_ptr=lse,
+        grad_lse_ptr=grad_lse,
+        row_lse_ptr=row_lse,
+        delta_ptr=delta,
+        out_strides=_strides4(out),
+        grad_out_strides=_strides4(grad_out),
+        lse_strides=_lse_strides(lse),
+        grad_lse_strides=(0, 0, 0) if grad_lse is None else (*_lse_strides(grad_lse), grad_lse.stride(-1)),
+        heads_q=config.heads_q,
+        rows=rows,
+        HEAD_DIM_V=config.head_dim_v,
+        BLOCK_DV=tuning.padded_head_dim(config.head_dim_v),
+        BLOCK_M=block_m,
+        WIDE=_wide(out, grad_out),
+    )
+    programs = -(-rows // block_m) * lse.shape[:-1].numel()
+    return Launch(row_terms, programs, arguments, dict(num_warps=4, num_stages=1))
+
+
+def backward_launches(
+    config: AttentionConfig,
+    inputs: AttentionInputs,
+    grad_out: Tensor,
+    row_lse: Tensor,
+    delta: Tensor,
+    gradients: AttentionInputs,
+) -> list[Launch]:
+    """The launches that fill the q, k and v of ``gradients``."""
+    from regard.kernels.backward import backward_keys, backward_queries
+
+    aligned = all(_aligned(tensor) for tensor in (inputs.q, inputs.k, inputs.v, grad_out))
+    launches = []
+    for kernel, table in ((backward_keys, tuning.BACKWARD_KEYS), (backward_queries, tuning.BACKWARD_QUERIES)):
+        tile = _tile(config, table, aligned)
+        ragged = config.seqlen_k % tile.block_n != 0
+        blocks = -(-config.seqlen_q // tile.block_m) * config.heads_q
+        if kernel is backward_keys:
+            ragged = ragged or config.seqlen_q % tile.block_m != 0
+            blocks = -(-config.seqlen_k // tile.block_n) * config.heads_kv
+        arguments = dict(
+            **_score_arguments(config, inputs),
+            **_tile_arguments(config, tile, ragged),
+            **_backward_arguments(grad_out, row_lse, delta),
+            dq_ptr=None if kernel is backward_keys else gradients.q,
+            dk_ptr=gradients.k,
+            dv_ptr=gradients.v,
+            dq_strides=_strides4(gradients.q),
+            dk_strides=_strides4(gradients.k),
+            dv_strides=_strides4(gradients.v),
+            heads_kv=config.heads_kv,
+            WIDE=_wide(*inputs[:5], grad_out),
+        )
+        launches.append(_launch(kernel, blocks * config.batch, arguments, tile))
+    return launches
+
+
+def bias_launch(
+    config: AttentionConfig, inputs: AttentionInputs, grad_out: Tensor, row_lse: Tensor, delta: Tensor
+) -> tuple[Launch, Tensor]:
+    """The launch for the gradient of a bias with keys, and the tensor it fills: the gradient, or where all rows share
+    the bias one row for each head, still to be summed.
+    """
+    from regard.kernels.backward_bias import backward_bias
+
+    assert inputs.bias is not None
+    batch, heads, rows, seqlen_k = inputs.bias.shape
+    sum_rows = rows == 1 and config.seqlen_q > 1
+    if sum_rows:
+        batch, heads = config.batch, config.heads_q
+    dbias = inputs.bias.new_empty(
+        (batch, heads, rows, seqlen_k), dtype=torch.float32 if sum_rows else inputs.bias.dtype
+    )
+    aligned = all(_aligned(tensor) for tensor in (inputs.q, inputs.k, inputs.v, grad_out))
+    tile = _tile(config, tuning.BACKWARD_QUERIES, aligned)._replace(num_stages=1)
+    arguments = dict(
+        **_score_arguments(config, inputs),
+        **_tile_arguments(config, tile, True),
+        **_backward_arguments(grad_out, row_lse, delta),
+        dbias_ptr=dbias,
+        dbias_strides=dbias.stride(),
+        summed_batch=config.batch // batch,
+        summed_heads=config.heads_q // heads,
+        SUM_ROWS=sum_rows,
+        WIDE=_wide(*inputs[:5], grad_out, dbias),
+    )
+    programs = -(-seqlen_k // tile.block_n) * -(-rows // tile.block_m) * heads * batch
+    return _launch(backward_bias, programs, arguments, tile), dbias
+
+
+def _sink_weights(inputs: AttentionInputs, row_lse: Tensor) -> Tensor:
+    """The weight of the sink in each row, in the shape of lse; 0 where nothing is visible."""
+    if inputs.sinks is None:
+        return torch.zeros_like(row_lse)
+    return torch.exp2(inputs.sinks.float()[:, None] * math.log2(math.e) - row_lse)
+
+
+def _summed_over_keys(inputs: AttentionInputs, row_lse: Tensor, delta: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """Sum of the scores' gradients over the keys, (B, Hq, Sq, 1).
+
+    Scores' gradients are P * (dP - delta) with sum(P * dP) = delta + dlse and sum(P) = 1 - the sink's weight.
+    """
+    rows = _sink_weights(inputs, row_lse) * delta
+    if grad_lse is not None:
+        rows = rows + torch.where(row_lse == math.inf, 0.0, grad_lse)
+    return rows[..., None]
+
+
+def _launch(kernel: Any, programs: int, arguments: Mapping[str, Any], tile: tuning.Tile) -> Launch:
+    """A launch with those of the arguments that the kernel has."""
+    wanted = {name: arguments[name] for name in kernel.arg_names}
+    return Launch(kernel, programs, wanted, dict(num_warps=tile.num_warps, num_stages=tile.num_stages))
+
+
+def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool) -> tuning.Tile:
     left, right = _bounded_band(config)
-    tile = tuning.forward_tile(
-        arch,
+    return tuning.select_tile(
+        table,
+        tuning.table_architecture(config.arch) or _INTERPRETER_ARCH,
         config.dtype.itemsize,
         max(config.head_dim, config.head_dim_v),
         right is not None,
         config.seqlen_k if left is None or right is None else min(config.seqlen_k, left + right + 1),
         triton_version(),
-        aligned=_aligned(inputs.k) and _aligned(inputs.v),
+        aligned,
     )
-    strides = {name: _strides4(getattr(inputs, name)) for name in ("q", "k", "v")}
-    strides["out"] = _strides4(out)
+
+
+def _score_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
+    """What every kernel needs to compute scores: the tensors that shape them, sizes and semantics."""
+    left, right = _bounded_band(config)
     mask = None if inputs.mask is None else inputs.mask.view(torch.uint8)
     slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.float().expand(config.batch, config.heads_q)
-    raw = config.softcap == 0 and inputs.bias is None and slopes is None and config.softmax_scale > 0
-    arguments = dict(
+    return dict(
         q_ptr=inputs.q,
         k_ptr=inputs.k,
         v_ptr=inputs.v,
-        out_ptr=out,
-        lse_ptr=lse,
         mask_ptr=mask,
         bias_ptr=inputs.bias,
         alibi_ptr=slopes,
-        sinks_ptr=inputs.sinks,
         cu_seqlens_q_ptr=inputs.cu_seqlens_q,
         cu_seqlens_k_ptr=inputs.cu_seqlens_k,
         kv_lens_ptr=inputs.kv_lens,
-        block_table_ptr=inputs.block_table,
         seed_ptr=inputs.dropout_seed,
-        q_strides=strides["q"],
-        k_strides=strides["k"],
-        v_strides=strides["v"],
-        out_strides=strides["out"],
-        lse_strides=lse.stride()[:2] if lse.ndim == 3 else (0, lse.stride(0)),
+        q_strides=_strides4(inputs.q),
+        k_strides=_strides4(inputs.k),
+        v_strides=_strides4(inputs.v),
         mask_strides=_broadcast_strides(mask),
         bias_strides=_broadcast_strides(inputs.bias),
         alibi_strides=(0, 0) if slopes is None else slopes.stride(),
-        block_table_stride=0 if inputs.block_table is None else inputs.block_table.stride(0),
         heads_q=config.heads_q,
         group=config.heads_q // config.heads_kv,
         seqlen_q=config.seqlen_q,
         seqlen_k=config.seqlen_k,
         total_q=config.total_q or 0,
         total_k=config.total_k or 0,
-        page_size=config.page_size or 1,
         softmax_scale=float(config.softmax_scale),
         softcap=float(config.softcap) if config.softcap > 0 else None,
         window_left=left,
         window_right=right,
         dropout_threshold=dropout_threshold(config.dropout_p) if inputs.dropout_seed is not None else None,
         dropout_rescale=1 / (1 - config.dropout_p) if inputs.dropout_seed is not None else None,
+        RAW=config.softcap == 0 and inputs.bias is None and slopes is None and config.softmax_scale > 0,
+        PRECISION=_product_precision(config),
+    )
+
+
+def _tile_arguments(config: AttentionConfig, tile: tuning.Tile, cut: bool) -> dict[str, Any]:
+    """What depends on the tile; ``cut``: the lengths are no multiples of it."""
+    return dict(
         HEAD_DIM=config.head_dim,
         HEAD_DIM_V=config.head_dim_v,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_D=tuning.padded_head_dim(config.head_dim),
         BLOCK_DV=tuning.padded_head_dim(config.head_dim_v),
-        RAW=raw,
-        RAGGED=left is not None
-        or right is not None
-        or config.varlen
-        or config.kv_lens
-        or config.seqlen_k % tile.block_n != 0,
-        WIDE=_wide(inputs, out),
-        PRECISION=_product_precision(config),
+        RAGGED=cut or _bounded_band(config) != (None, None) or config.varlen or config.kv_lens,
     )
-    programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q
-    return programs, arguments, dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def _backward_arguments(grad_out: Tensor, row_lse: Tensor, delta: Tensor) -> dict[str, Any]:
+    return dict(
+        grad_out_ptr=grad_out,
+        grad_out_strides=_strides4(grad_out),
+        row_lse_ptr=row_lse,
+        delta_ptr=delta,
+        lse_strides=_lse_strides(row_lse),
+    )
 
 
 def _bounded_band(config: AttentionConfig) -> tuple[int | None, int | None]:
@@ -171,6 +352,11 @@ def _bounded_band(config: AttentionConfig) -> tuple[int | None, int | None]:
 def _strides4(tensor: Tensor) -> tuple[int, ...]:
     """Strides as (batch, row, head, dim); packed tensors have no batch."""
     return tensor.stride() if tensor.ndim == 4 else (0, *tensor.stride())
+
+
+def _lse_strides(tensor: Tensor) -> tuple[int, int]:
+    """Strides of (batch, head); packed ones have no batch."""
+    return (tensor.stride(0), tensor.stride(1)) if tensor.ndim == 3 else (0, tensor.stride(0))
 
 
 def _broadcast_strides(tensor: Tensor | None) -> tuple[int, ...]:
@@ -189,9 +375,8 @@ def _aligned(tensor: Tensor) -> bool:
     )
 
 
-def _wide(inputs: AttentionInputs, out: Tensor) -> bool:
-    """Whether a tile's own extent can pass 2**31 elements."""
-    tensors = (inputs.q, inputs.k, inputs.v, inputs.mask, inputs.bias, out)
+def _wide(*tensors: Tensor | None) -> bool:
+    """Whether a tile's own extent can pass 2**31 elements in one of these."""
     return any(stride * _LARGEST_TILE >= 2**31 for t in tensors if t is not None for stride in t.stride())
 
 

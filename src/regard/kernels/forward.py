@@ -14,6 +14,7 @@ from regard.kernels.scores import (
     band_visible,
     dropout_keep,
     key_span,
+    load_tile,
     scaled_scores,
     sequence_bounds,
     tile_offsets,
@@ -23,7 +24,7 @@ from regard.kernels.scores import (
 @triton.jit
 def online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr, RAW: tl.constexpr):
     """One step of the online softmax: new maximum (log2 units), the old state's decay, and this tile's weights."""
-    factor = scale * LOG2_E if RAW else 1.0
+    factor = scale * LOG2_E if RAW else LOG2_E
     new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     anchor = new_max
     if MASKED:
@@ -106,18 +107,6 @@ def attend_keys(
         v = load_tile(v_pointers, key_exists[:, None], dim_v_exists[None, :], MASKED, HEAD_DIM_V == BLOCK_DV)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
-
-
-@triton.jit
-def load_tile(pointers, row_exists, dim_exists, MASK_ROWS: tl.constexpr, FULL_DIM: tl.constexpr):
-    """Load a tile of a (rows, head dim) matrix, 0 outside it, with only the bounds that can be crossed."""
-    if MASK_ROWS:
-        if FULL_DIM:
-            return tl.load(pointers, mask=row_exists, other=0.0)
-        return tl.load(pointers, mask=row_exists & dim_exists, other=0.0)
-    if FULL_DIM:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=dim_exists, other=0.0)
 
 
 @triton.jit
@@ -257,7 +246,7 @@ def attention_forward(
     acc = acc / row_sum[:, None]
     if seed is not None:
         acc = acc * dropout_rescale
-    lse = tl.where(nothing_visible, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    lse = tl.where(nothing_visible, float("-inf"), row_max * LN_2 + tl.log2(row_sum) * LN_2)
 
     # out tile (BLOCK_M, BLOCK_DV)
     out_base = out_ptr + sequence64 * out_strides[0] + first_row * out_strides[1] + head64 * out_strides[2]

@@ -1,8 +1,9 @@
 """Device functions every portable kernel shares: where a tile lies, what its scores are, which of them are visible.
 
 Index arguments ``query`` and ``key`` broadcast against each other, so that the same functions serve a (queries, keys)
-tile of the forward and a (keys, queries) tile of the backward. Scores leave here in units of log2, because the GPU's
-exponential is exp2. A feature whose pointer or bound is None is absent from the compiled kernel.
+tile of the forward and a (keys, queries) tile of the backward. The exponential that scores go to is the GPU's, exp2, so
+that a factor of log2(e) joins the last product. A feature whose pointer or bound is None is absent from the compiled
+kernel.
 """
 
 import triton
@@ -36,11 +37,51 @@ def tile_offsets(row, column, row_stride, column_stride, WIDE: tl.constexpr):
 
 
 @triton.jit
+def head_base(pointer, strides, sequence, row, head):
+    """A head's element at a row: the offsets of whole heads and sequences may pass 2**31 elements."""
+    return pointer + sequence.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def load_tile(pointers, row_exists, dim_exists, MASK_ROWS: tl.constexpr, FULL_DIM: tl.constexpr):
+    """Load a tile of a (rows, head dim) matrix, 0 outside it, with only the bounds that can be crossed."""
+    if MASK_ROWS:
+        if FULL_DIM:
+            return tl.load(pointers, mask=row_exists, other=0.0)
+        return tl.load(pointers, mask=row_exists & dim_exists, other=0.0)
+    if FULL_DIM:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=dim_exists, other=0.0)
+
+
+@triton.jit
+def load_rows(
+    base, strides, exists, ROWS: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Load ROWS rows of EXTENT elements from ``base`` on as a (ROWS, BLOCK) tile; MASKED: some may not exist."""
+    dim = tl.arange(0, BLOCK)[None, :]
+    pointers = base + tile_offsets(tl.arange(0, ROWS)[:, None], dim, strides[1], strides[3], WIDE)
+    return load_tile(pointers, exists[:, None], dim < EXTENT, MASKED, EXTENT == BLOCK)
+
+
+@triton.jit
+def store_rows(
+    base, strides, tile, exists, ROWS: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    """Store the rows that exist of a (ROWS, BLOCK) tile."""
+    dim = tl.arange(0, BLOCK)[None, :]
+    pointers = base + tile_offsets(tl.arange(0, ROWS)[:, None], dim, strides[1], strides[3], WIDE)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=exists[:, None] & (dim < EXTENT))
+
+
+@triton.jit
 def key_span(
     first_query, last_query, shift, seqlen_k, window_left, window_right, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr
 ):
     """Key range [start, stop) of a tile of queries, and the part of it [full_start, full_stop) that needs no mask.
 
+    With keys and queries, left and right exchanged and ``shift`` negated it is the query range of a tile of keys.
     Blocks outside the range are never visited. The edges around the middle part come last and in one loop, which is
     never empty (where nothing is cut, the last whole block serves): around a loop that might not run, between two
     others, ptxas serialises the wgmma pipeline, which costs up to a quarter of the speed on sm90.
@@ -67,18 +108,24 @@ def key_span(
 
 @triton.jit
 def scaled_scores(qk, query, key, shift, scale, softcap, slope, bias, RAW: tl.constexpr):
-    """Scale, softcap, bias and ALiBi, in that order, in units of log2. RAW leaves the scale to the exponential."""
+    """Scale, softcap, bias and ALiBi, in that order. RAW leaves the scale to the exponential."""
     if RAW:
         return qk
     scores = qk * scale
     if softcap is not None:
         scores = softcap * tanh(scores / softcap)
-    scores = scores * LOG2_E
     if bias is not None:
-        scores += bias * LOG2_E
+        scores += bias
     if slope is not None:
-        scores -= slope * LOG2_E * tl.abs(key - query - shift).to(tl.float32)
+        scores -= slope * tl.abs(key - query - shift).to(tl.float32)
     return scores
+
+
+@triton.jit
+def softcap_slope(qk, scale, softcap):
+    """Derivative of the capped scores by the scaled products."""
+    capped = tanh(qk * scale / softcap)
+    return 1 - capped * capped
 
 
 @triton.jit

@@ -59,8 +59,10 @@ def _rules(*tile: int) -> tuple[Rule, ...]:
     return (Rule(Tile(*tile)),)
 
 
-# (architecture, bytes per element, head dim) -> rules
-FORWARD: dict[tuple[str, int, int], tuple[Rule, ...]] = {
+TileTable = dict[tuple[str, int, int], tuple[Rule, ...]]
+"""(architecture, bytes per element, head dim) -> rules"""
+
+FORWARD: TileTable = {
     # mma.sync: Triton lays the warps along the queries, without shared rows, only where BLOCK_M >= head dim.
     ("sm80", 2, 64): _rules(128, 64, 4, 3),
     ("sm80", 2, 128): _rules(128, 64, 8, 2),
@@ -121,6 +123,107 @@ FORWARD.update(
     for head_dim, tile in tiles.items()
 )
 
+# The passes of the backward. KEYS: dK and dV, whose accumulators are as long as the tile has keys; QUERIES: dQ.
+# Rows through registers: as in the forward, with few enough rows of either kind.
+_UNALIGNED = Rule(Tile(32, 32, 4, 2), aligned=False)
+BACKWARD_KEYS: TileTable = {
+    ("sm80", 2, 64): _rules(64, 128, 8, 2),
+    ("sm80", 2, 128): _rules(64, 64, 8, 2),
+    ("sm80", 2, 256): _rules(32, 64, 8, 1),
+    ("sm89", 2, 64): _rules(64, 64, 8, 2),
+    ("sm89", 2, 128): _rules(32, 64, 8, 2),
+    ("sm89", 2, 256): _rules(32, 32, 8, 1),
+    ("sm90", 2, 64): (_UNALIGNED, Rule(Tile(64, 128, 8, 2))),
+    ("sm90", 2, 128): (_UNALIGNED, Rule(Tile(64, 128, 8, 2))),
+    ("sm90", 2, 256): (_UNALIGNED, Rule(Tile(32, 64, 8, 2))),
+    ("sm100", 2, 64): _rules(64, 128, 8, 2),
+    ("sm100", 2, 128): _rules(64, 128, 8, 2),
+    ("sm100", 2, 256): _rules(32, 64, 8, 2),
+    ("sm120", 2, 64): _rules(64, 64, 8, 2),
+    ("sm120", 2, 128): _rules(32, 64, 8, 2),
+    ("sm120", 2, 256): _rules(32, 32, 8, 1),
+    ("gfx90a", 2, 64): _rules(64, 64, 4, 1),
+    ("gfx90a", 2, 128): _rules(32, 64, 4, 1),
+    ("gfx90a", 2, 256): _rules(32, 64, 8, 1),
+    ("gfx942", 2, 64): _rules(64, 64, 4, 1),
+    ("gfx942", 2, 128): _rules(32, 64, 4, 1),
+    ("gfx942", 2, 256): _rules(32, 64, 8, 1),
+    ("gfx950", 2, 64): _rules(64, 64, 4, 1),
+    ("gfx950", 2, 128): _rules(32, 64, 4, 1),
+    ("gfx950", 2, 256): _rules(32, 64, 8, 1),
+    ("gfx1100", 2, 64): _rules(32, 64, 8, 1),
+    ("gfx1100", 2, 128): _rules(16, 64, 8, 1),
+    ("gfx1100", 2, 256): _rules(16, 16, 4, 1),
+    ("gfx1201", 2, 64): _rules(32, 64, 8, 1),
+    ("gfx1201", 2, 128): _rules(32, 64, 8, 1),
+    ("gfx1201", 2, 256): _rules(16, 32, 8, 1),
+}
+BACKWARD_QUERIES: TileTable = {
+    ("sm80", 2, 64): _rules(128, 64, 8, 2),
+    ("sm80", 2, 128): _rules(64, 64, 8, 2),
+    ("sm80", 2, 256): _rules(64, 32, 8, 1),
+    ("sm89", 2, 64): _rules(64, 64, 8, 2),
+    ("sm89", 2, 128): _rules(64, 32, 8, 2),
+    ("sm89", 2, 256): _rules(32, 32, 8, 1),
+    ("sm90", 2, 64): (_UNALIGNED, Rule(Tile(128, 64, 8, 3))),
+    ("sm90", 2, 128): (_UNALIGNED, Rule(Tile(128, 64, 8, 2))),
+    ("sm90", 2, 256): (_UNALIGNED, Rule(Tile(64, 32, 4, 2))),
+    ("sm100", 2, 64): _rules(128, 64, 8, 2),
+    ("sm100", 2, 128): _rules(128, 64, 8, 2),
+    ("sm100", 2, 256): _rules(64, 32, 8, 2),
+    ("sm120", 2, 64): _rules(64, 64, 8, 2),
+    ("sm120", 2, 128): _rules(64, 32, 8, 2),
+    ("sm120", 2, 256): _rules(32, 32, 8, 1),
+    ("gfx90a", 2, 64): _rules(128, 64, 8, 1),
+    ("gfx90a", 2, 128): _rules(64, 32, 4, 1),
+    ("gfx90a", 2, 256): _rules(64, 32, 8, 1),
+    ("gfx942", 2, 64): _rules(128, 64, 8, 1),
+    ("gfx942", 2, 128): _rules(64, 32, 4, 1),
+    ("gfx942", 2, 256): _rules(64, 32, 8, 1),
+    ("gfx950", 2, 64): _rules(128, 64, 8, 1),
+    ("gfx950", 2, 128): _rules(64, 32, 4, 1),
+    ("gfx950", 2, 256): _rules(64, 32, 8, 1),
+    ("gfx1100", 2, 64): _rules(64, 32, 8, 1),
+    ("gfx1100", 2, 128): _rules(64, 32, 8, 1),
+    ("gfx1100", 2, 256): _rules(16, 16, 4, 1),
+    ("gfx1201", 2, 64): _rules(64, 64, 8, 1),
+    ("gfx1201", 2, 128): _rules(64, 32, 8, 1),
+    ("gfx1201", 2, 256): _rules(32, 16, 8, 1),
+}
+for _table in (BACKWARD_KEYS, BACKWARD_QUERIES):
+    _table.update({entry: _rules(32, 32, 8 if entry[2] == 256 else 4, 1) for entry in FORWARD if entry[1] == 4})
+
+
+class HopperTile(NamedTuple):
+    """A tile of the Gluon kernels: 64 query rows a warpgroup, and one warpgroup more that loads.
+
+    ``share_q``: the output leaves through the queries' shared memory, where there is no room for both.
+    ``max_registers``: what the compiler may use a thread at the start, before the warpgroups trade registers.
+    """
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    share_q: bool = False
+
+    @property
+    def max_registers(self) -> int:
+        return 168 if self.block_m == 128 else 128
+
+
+# padded head dim, the larger of D and Dv -> tile
+HOPPER_FORWARD = {
+    64: HopperTile(192, 128, 2),
+    128: HopperTile(128, 128, 2),
+    256: HopperTile(128, 64, 2, share_q=True),
+}
+
+
+def hopper_forward_tile(head_dim: int, head_dim_v: int) -> HopperTile:
+    """Tile of the Hopper forward."""
+    tile = HOPPER_FORWARD[table_head_dim(max(head_dim, head_dim_v))]
+    return tile._replace(share_q=tile.share_q and padded_head_dim(head_dim) == padded_head_dim(head_dim_v))
+
 
 def table_architecture(arch: str) -> str | None:
     """The architecture whose entries serve ``arch``, or None where there is no entry to go by."""
@@ -133,7 +236,8 @@ def table_head_dim(head_dim: int) -> int:
     return next(entry for entry in HEAD_DIMS if head_dim <= entry)
 
 
-def forward_tile(
+def select_tile(
+    table: TileTable,
     arch: str,
     itemsize: int,
     head_dim: int,
@@ -142,18 +246,19 @@ def forward_tile(
     triton_version: tuple[int, int],
     aligned: bool = True,
 ) -> Tile:
-    """The forward kernel's tile.
+    """A kernel's tile.
 
     Args:
+        table: of the kernel: `FORWARD`, `BACKWARD_KEYS` or `BACKWARD_QUERIES`.
         arch: an architecture with entries, see `table_architecture`.
         itemsize: bytes per element of q, k and v.
         head_dim: the larger of D and Dv, 1 to 256.
         causal: whether the right side of the band is bounded.
         seqlen_k: keys a query may reach: the longest sequence's length, or the window's.
         triton_version: (major, minor).
-        aligned: whether Triton can tell that rows of k and v start at multiples of 16 bytes.
+        aligned: whether Triton can tell that rows start at multiples of 16 bytes.
     """
-    rules = FORWARD[arch, itemsize, table_head_dim(head_dim)]
+    rules = table[arch, itemsize, table_head_dim(head_dim)]
     return next(rule.tile for rule in rules if rule.applies(causal, seqlen_k, triton_version, aligned))
 
 
