@@ -1,4 +1,8 @@
-"""The public calls: `attention`, `varlen_attention`, `paged_attention` and `merge`."""
+"""The public calls: `attention`, `varlen_attention`, `paged_attention` and `merge`.
+
+Their defaults are 0 and not 0.0, since torch.compile(dynamic=True) makes an input of every float that it meets, default
+or not, and compiles twice on finding that it is a constant.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,6 @@ from regard.registry import Explanation, registry
 from regard.tracing import is_traced
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def attention(
     q: Tensor,
     k: Tensor,
@@ -26,10 +29,10 @@ def attention(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     softmax_scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float = 0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     kv_lens: Tensor | None = None,
     layout: str = "bshd",
     return_lse: bool = False,
@@ -79,7 +82,6 @@ def attention(
     )
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -92,10 +94,10 @@ def varlen_attention(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     softmax_scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float = 0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str | None = None,
@@ -124,7 +126,6 @@ def varlen_attention(
     )  # fmt: skip
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -135,7 +136,7 @@ def paged_attention(
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
     softmax_scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float = 0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
@@ -204,18 +205,29 @@ def explain(q: AttentionConfig | Tensor, *tensors: Tensor, backend: str | None =
 def _attend(
     tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], backend: str | None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Every public call from here on: describe, select, run.
+    """Every public call from here on.
 
     Args:
         tensors: the arguments that are tensors, in the order of `plans.TENSORS`.
         options: the others, in the order of `plans.OPTIONS`.
         backend: the caller's choice.
     """
+    if not torch.compiler.is_compiling():
+        return _run(tensors, options, backend)
+    layout, causal, window, *others = options
+    results = torch.ops.regard.call(*tensors, layout, causal, *(window or (None, None)), *others[:-2], backend)
+    return results[0] if len(results) == 1 else (results[0], results[1])
+
+
+def _run(
+    tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], backend: str | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Describe the call, select its backend, run it."""
     if torch._C._is_any_autocast_enabled() and isinstance(q := tensors[0], Tensor):
         kind = q.device.type
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return _attend(_autocast(tensors, torch.get_autocast_dtype(kind)), options, backend)
+                return _run(_autocast(tensors, torch.get_autocast_dtype(kind)), options, backend)
     traced = is_traced(tensors)
     config = plans.describe(tensors, options, traced=traced)
     selection = plans.select(config, backend)
@@ -232,6 +244,27 @@ def _attend(
         return out
     assert lse is not None
     return out, lse
+
+
+# A public call as torch.compile records it; the tracers below see through it to the ops of the selected backend.
+_library = torch.library.Library("regard", "FRAGMENT")
+_library.define(
+    "call(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? kv_lens, Tensor? block_table, str layout, bool causal, "
+    "SymInt? window_left, SymInt? window_right, float? softmax_scale, float softcap, float dropout_p, "
+    "bool return_lse, bool deterministic, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str? backend) -> Tensor[]"
+)
+
+
+def _run_recorded(*arguments: Any) -> list[Tensor]:
+    tensors = arguments[: len(plans.TENSORS)]
+    layout, causal, left, right, *others, backend = arguments[len(plans.TENSORS) :]
+    window = None if left is None and right is None else (left, right)
+    results = _run(tensors, (layout, causal, window, *others, None, None), backend)
+    return list(results) if isinstance(results, tuple) else [results]
+
+
+_library.impl("call", _run_recorded, "CompositeImplicitAutograd")
 
 
 def _autocast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
