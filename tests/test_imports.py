@@ -101,6 +101,39 @@ print(*(reason.code for reason in explanation.reasons("flash")))
     assert "not_installed" in in_fresh_python(code)
 
 
+def test_importing_costs_little_beyond_torch():
+    """torch._dynamo and triton take two seconds to import, which only torch.compile and a kernel's launch may ask for."""
+    code = """
+import sys, regard
+print(*(name for name in ("torch",) if name in sys.modules))
+import torch
+q = torch.randn(1, 4, 2, 8)
+regard.attention(q, q, q, causal=True)
+print(*(name for name in ("torch._dynamo", "triton", "sympy") if name in sys.modules))
+"""
+    assert in_fresh_python(code) == []
+
+
+def test_help_on_usage_needs_no_torch():
+    code = """
+import sys
+from typer.testing import CliRunner
+from regard import cli
+assert CliRunner().invoke(cli.app, ["explain", "--help"]).exit_code == 0
+print(*(name for name in ("torch", "transformers") if name in sys.modules))
+"""
+    assert in_fresh_python(code) == []
+
+
+def test_submodules_and_exports_do_not_shadow_each_other():
+    code = """
+import regard.registry
+print(regard.registry.__name__, regard.registry.registry.list_backends() == regard.list_backends())
+print(regard.registry.__name__, regard.attention.__module__, regard.api.__name__, hasattr(regard, "no_such_name"))
+"""
+    assert in_fresh_python(code) == ["regard.registry", "True", "regard.registry", "regard.api", "regard.api", "False"]
+
+
 def test_the_kit_needs_no_pytest():
     code = "import sys, regard.testing; print(*(name for name in ('pytest', 'hypothesis') if name in sys.modules))"
     assert in_fresh_python(code) == []

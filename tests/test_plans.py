@@ -7,6 +7,7 @@ import torch
 
 import regard
 from regard import plans
+from regard.registry import registry
 
 B, S, H, D = 2, 8, 4, 16
 
@@ -272,5 +273,5 @@ def test_a_remembered_call_is_neither_validated_nor_selected_again(monkeypatch):
     q = torch.randn(1, 16, 2, 8)
     regard.attention(q, q, q, causal=True)
     monkeypatch.setattr(regard.AttentionConfig, "from_tensors", None)
-    monkeypatch.setattr(regard.registry, "select", None)
+    monkeypatch.setattr(registry, "select", None)
     regard.attention(q, q, q, causal=True)

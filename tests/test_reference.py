@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import regard
 from regard.backends.reference import _philox, dropout_keep, dropout_threshold
+from regard.registry import registry
 
 F64 = torch.float64
 
@@ -147,7 +148,7 @@ def test_backward_method_equals_autograd():
     expected = torch.autograd.grad([out, lse], [q, k, v], [grad_out, grad_lse])
     config = regard.AttentionConfig.from_tensors(q, k, v, causal=True)
     inputs = regard.AttentionInputs(q.detach(), k.detach(), v.detach())
-    found = regard.registry.get("reference").backward(config, inputs, out, lse, grad_out, grad_lse)
+    found = registry.get("reference").backward(config, inputs, out, lse, grad_out, grad_lse)
     for name, gradient in zip("qkv", expected, strict=True):
         exact(found[name], gradient)
 

@@ -12,6 +12,7 @@ import torch
 import regard
 from regard import ConfigError, FallbackWarning, KvCacheLayout, Reason, UnsupportedError
 from regard.backends.reference import ReferenceBackend
+from regard.registry import registry as package_registry
 
 CONFIG = regard.AttentionConfig(batch=1, seqlen_q=4, seqlen_k=4, heads_q=1, heads_kv=1, head_dim=8)
 TOO_WIDE = Reason("head_dim", "8", "at most 4", "use a smaller head")
@@ -53,7 +54,7 @@ def added():
     for name in names:
         if name in regard.list_backends():
             regard.unregister(name)
-    regard.registry._warned = {key for key in regard.registry._warned if key[1] not in names}
+    package_registry._warned = {key for key in package_registry._warned if key[1] not in names}
 
 
 def tensors(**options):
@@ -103,7 +104,7 @@ def test_unregister(registry):
 def test_builtin_backends_satisfy_the_protocol():
     assert "reference" in regard.list_backends()
     for name in regard.list_backends():
-        assert isinstance(regard.registry.get(name), regard.AttentionBackend)
+        assert isinstance(package_registry.get(name), regard.AttentionBackend)
 
 
 # Choosing
@@ -346,7 +347,7 @@ def test_entry_points_are_registered_and_a_broken_one_is_only_a_warning(monkeypa
 def test_can_use_flash_attention_asks_the_flash_backends():
     on_gpu = dataclasses.replace(CONFIG, device="cuda", arch="sm90")
     expected = any(
-        name in ("flash", "hopper") and not regard.registry.reasons(name, on_gpu) for name in regard.list_backends()
+        name in ("flash", "hopper") and not package_registry.reasons(name, on_gpu) for name in regard.list_backends()
     )
     assert regard.can_use_flash_attention(on_gpu) == expected
     assert not regard.can_use_flash_attention(dataclasses.replace(on_gpu, dtype=torch.float64))

@@ -1,32 +1,23 @@
 """Exact softmax attention at hardware speed, on whatever device the tensors are on."""
 
-from regard.api import attention as attention
-from regard.api import explain as explain
-from regard.api import merge as merge
-from regard.api import paged_attention as paged_attention
-from regard.api import varlen_attention as varlen_attention
-from regard.backends import register_builtin_backends
-from regard.config import AttentionConfig as AttentionConfig
-from regard.config import AttentionInputs as AttentionInputs
-from regard.config import KvCacheLayout as KvCacheLayout
-from regard.errors import ConfigError as ConfigError
-from regard.errors import FallbackWarning as FallbackWarning
-from regard.errors import Reason as Reason
-from regard.errors import UnsupportedError as UnsupportedError
-from regard.registry import AttentionBackend as AttentionBackend
-from regard.registry import Explanation as Explanation
-from regard.registry import Registry as Registry
-from regard.registry import Selection as Selection
-from regard.registry import can_use_flash_attention as can_use_flash_attention
-from regard.registry import registry as registry
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-register_builtin_backends(registry)
+if TYPE_CHECKING:
+    from regard.public import *  # noqa: F403
+else:
 
-register = registry.register
-unregister = registry.unregister
-set_default = registry.set_default
-use_backend = registry.use_backend
-list_backends = registry.list_backends
-record_selections = registry.record_selections
+    def __getattr__(name: str) -> Any:
+        """Import what the package exports, and torch with it, when one of its names is first used.
+
+        ``regard --help`` answers at once that way.
+        """
+        if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}"):  # a submodule is only ever imported
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        public = vars(importlib.import_module(f"{__name__}.public"))
+        globals().update({key: value for key, value in public.items() if not key.startswith("_")})
+        if name not in public:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return public[name]

@@ -109,7 +109,9 @@ class Explanation:
 class Registry:
     """A set of backends and the rules that pick one. The package has one instance, `registry`; tests make more."""
 
-    def __init__(self) -> None:
+    def __init__(self, builtin: str | None = None) -> None:
+        """``builtin`` names a function, as an entry point does, that is given the registry when it is first used."""
+        self._builtin = builtin
         self._lock = threading.RLock()
         self._backends: dict[str, AttentionBackend] = {}
         self._priority: dict[str, int] = {}
@@ -141,6 +143,7 @@ class Registry:
         ]
         if missing:
             raise ConfigError("backend", f"{type(backend).__name__} without {', '.join(missing)}", "AttentionBackend")
+        self._load_builtin()
         name = backend.name
         if not isinstance(name, str) or not name or name == "auto":
             raise ConfigError("backend.name", repr(name), "a non-empty string other than 'auto'")
@@ -313,10 +316,17 @@ class Registry:
                 stacklevel=4,
             )
 
+    def _load_builtin(self) -> None:
+        with self._lock:
+            builtin, self._builtin = self._builtin, None
+            if builtin is not None:
+                importlib.metadata.EntryPoint("builtin", builtin, ENTRY_POINT_GROUP).load()(self)
+
     def _load_entry_points(self) -> None:
         """Register third-party backends: entry points of group ``regard.backends`` that name a factory."""
         if self._entry_points_loaded:
             return
+        self._load_builtin()
         with self._lock:
             if self._entry_points_loaded:
                 return
@@ -352,7 +362,7 @@ def _kernel_class(config: AttentionConfig) -> tuple[Any, ...]:
     )
 
 
-registry = Registry()
+registry = Registry(builtin="regard.backends:register_builtin_backends")
 
 
 def can_use_flash_attention(config: AttentionConfig) -> bool:

@@ -10,6 +10,7 @@ import torch
 import regard
 from regard import Reason
 from regard.backends.reference import ReferenceBackend
+from regard.registry import registry as package_registry
 from regard.testing import (
     CASES,
     assert_close,
@@ -148,7 +149,7 @@ def test_refusal_is_asserted_and_returned(defective):
 def test_a_call_served_in_spite_of_reasons_fails(defective, monkeypatch):
     defective(reasons=(Reason("softcap", "3.0", "0", ""),))
     monkeypatch.setattr(
-        regard.registry, "select", lambda config, backend=None: regard.Selection("defective", True, "careless")
+        package_registry, "select", lambda config, backend=None: regard.Selection("defective", True, "careless")
     )
     with pytest.raises(AssertionError, match="has reasons against the call and served it"):
         check_forward("defective", BY_NAME["softcap"])
