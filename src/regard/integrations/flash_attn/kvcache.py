@@ -103,11 +103,11 @@ def flash_attn_with_kvcache(
             result = attention(q, k_cache, v_cache, kv_lens=held, **options)
         else:
             result = paged_attention(q, k_cache, v_cache, pages, held, **options)
-    if not wants_gradient:
-        return result
     out, lse = result if return_softmax_lse else (result, None)
-    out, lse = _WithoutGradient.apply(out, lse, torch.empty(0, device=q.device, requires_grad=True))
-    return (out, lse) if return_softmax_lse else out
+    if wants_gradient:
+        anything = torch.empty(0, device=q.device, requires_grad=True)
+        out, lse = _WithoutGradient.apply(out, lse, anything)  # type: ignore[no-untyped-call]
+    return out if lse is None else (out, lse)
 
 
 def attention_over_pages(
