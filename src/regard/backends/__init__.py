@@ -1,6 +1,7 @@
 """Backends: each says what it cannot do (`unsupported_reasons`) and computes the rest."""
 
 from regard.backends.cpu import CpuBackend
+from regard.backends.external import register_installed
 from regard.backends.flash import FlashBackend
 from regard.backends.reference import ReferenceBackend
 from regard.backends.sdpa import SdpaBackend
@@ -13,3 +14,4 @@ def register_builtin_backends(registry: Registry) -> None:
     registry.register(FlashBackend(), priority=30)
     registry.register(SdpaBackend(), priority=20)
     registry.register(ReferenceBackend(), priority=0)
+    register_installed(registry)

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -89,10 +89,10 @@ class ExternalBackend:
         return gradients_by_autograd(self.forward, config, inputs, grad_out, grad_lse)
 
 
-def register_installed(registry: Registry) -> None:
-    """Register every adapter whose package can be imported and that is not registered yet."""
+def register_installed(registry: Registry, registered: Collection[str] = ()) -> None:
+    """Register every adapter whose package can be imported, but for those that are ``registered`` already."""
     for adapter in ADAPTERS:
-        if adapter.package.installed() and adapter.name not in registry.list_backends():
+        if adapter.package.installed() and adapter.name not in registered:
             registry.register(adapter, priority=PRIORITY)
 
 

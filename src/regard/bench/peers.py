@@ -257,6 +257,11 @@ TORCH_KERNELS = {
 }
 
 
+def is_ours(name: str) -> bool:
+    """Whether an implementation of that name is a backend of this package or of a plug-in, not a peer."""
+    return not (name in TORCH_KERNELS or name in ("torch-sdpa", "eager") or name in {each.name for each in ADAPTERS})
+
+
 def available(device: str, arch: str) -> dict[str, Implementation]:
     """Every implementation that could run on a device, by name, ours first in order of selection.
 

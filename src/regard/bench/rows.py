@@ -24,7 +24,7 @@ tflops, gbs: achieved, from the workload's least operations and bytes.
 matmul_tflops, copy_gbs: ceilings measured in the same run; matmul_share, copy_share: of them.
 reference, speedup, speedup_low, speedup_high: against the reference implementation, taken in turns with it.
 host_us: what the host spends on a call. first_call_ms: the first one, compilation included.
-peak_bytes: allocated during a call, its result included. tensor_bytes: of its inputs and results.
+peak_bytes: allocated during a call, its result included. input_bytes, result_bytes: of its tensors.
 error_ratio: largest error in units of what the tolerance rule allows.
 chosen: the backend automatic selection takes for the workload.
 workload, environment, date, command: everything needed to repeat it.

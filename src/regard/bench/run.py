@@ -151,7 +151,7 @@ def use_fa3(folder: str | Path) -> None:
         raise ConfigError("fa3-path", str(folder), "a folder with flash_attn_interface.py")
     if str(place) not in sys.path:
         sys.path.insert(0, str(place))
-    register_installed(registry)
+    register_installed(registry, registry.list_backends())
 
 
 def _implementations(options: Options, device: torch.device) -> list[Implementation]:
@@ -275,7 +275,7 @@ class _Cells:
         ceilings = self._measured_ceilings(workload.dtype)
         small = tiny(workload, self._device) if self._device.type == "cpu" else call
         by_name = {each.name: each for each in self._implementations}
-        tensors = sum(t.numel() * t.element_size() for t in call.tensors.values())
+        inputs = sum(t.numel() * t.element_size() for t in call.tensors.values())
         for name, timing in timings.items():
             row = made[name]
             host = prepared[name].run if small is call else _prepare_small(by_name[name], workload.mode, small)
@@ -285,7 +285,7 @@ class _Cells:
                 row |= dict(zip(("speedup", "speedup_low", "speedup_high"), map(_rounded, ratio), strict=True))
                 row["reference"] = reference
             row["host_us"] = _rounded(1e6 * measure.host_seconds(host, self._device)) if host else None
-            row["tensor_bytes"] = tensors + _result_bytes(workload, call)
+            row |= {"input_bytes": inputs, "result_bytes": _result_bytes(workload, call)}
 
     def _reference(self, timings: Mapping[str, Timing]) -> str | None:
         names = (self._options.reference,) if self._options.reference else REFERENCES[self._device.type]
