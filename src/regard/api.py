@@ -202,9 +202,7 @@ def explain(q: AttentionConfig | Tensor, *tensors: Tensor, backend: str | None =
     return registry.explain(config, backend)
 
 
-def _attend(
-    tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], backend: str | None
-) -> Tensor | tuple[Tensor, Tensor]:
+def _attend(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Tensor | tuple[Tensor, Tensor]:
     """Every public call from here on.
 
     Args:
@@ -219,9 +217,7 @@ def _attend(
     return results[0] if len(results) == 1 else (results[0], results[1])
 
 
-def _run(
-    tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], backend: str | None
-) -> Tensor | tuple[Tensor, Tensor]:
+def _run(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Tensor | tuple[Tensor, Tensor]:
     """Describe the call, select its backend, run it."""
     if torch._C._is_any_autocast_enabled() and isinstance(q := tensors[0], Tensor):
         kind = q.device.type
@@ -236,7 +232,7 @@ def _run(
     if transposed:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     seed = None if config.dropout_p == 0 else _draw_seed(config, q)
-    inputs = AttentionInputs(q, k, v, _four_dimensional(mask), _four_dimensional(bias), *rest, seed)
+    inputs = AttentionInputs(q, k, v, _four_dimensional(mask), _four_dimensional(bias), *rest, dropout_seed=seed)
     out, lse = ops.attend(config, inputs, selection, traced=traced)
     if transposed:
         out = out.transpose(1, 2)
@@ -247,8 +243,8 @@ def _run(
 
 
 # A public call as torch.compile records it; the tracers below see through it to the ops of the selected backend.
-_library = torch.library.Library("regard", "FRAGMENT")
-_library.define(
+_library = torch.library.Library("regard", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "call(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? kv_lens, Tensor? block_table, str layout, bool causal, "
     "SymInt? window_left, SymInt? window_right, float? softmax_scale, float softcap, float dropout_p, "
@@ -264,10 +260,10 @@ def _run_recorded(*arguments: Any) -> list[Tensor]:
     return list(results) if isinstance(results, tuple) else [results]
 
 
-_library.impl("call", _run_recorded, "CompositeImplicitAutograd")
+_library.impl("call", _run_recorded, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-def _autocast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+def _autocast(tensors: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """q, k and v, where they are float32, in the autocast dtype, as torch's own attention does."""
     qkv = (t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors[:3])
     return *qkv, *tensors[3:]

@@ -46,7 +46,7 @@ def attend(
         if traced:
             out, lse = attention_fwd(*inputs, *_scalars(config), selection.backend, selection.strict)
         else:
-            out, lse = _Attention.apply(config, selection.backend, selection.strict, *inputs)
+            out, lse = _Attention.apply(config, selection.backend, selection.strict, *inputs)  # type: ignore[no-untyped-call]
         return out, lse
     return _forward(config, inputs, selection.backend, selection.strict)
 
@@ -368,9 +368,7 @@ class _Attention(torch.autograd.Function):
     """What `attention_fwd` and its registered gradient do, without the dispatcher: for calls nobody traces."""
 
     @staticmethod
-    def forward(
-        ctx: Any, config: AttentionConfig, backend: str, strict: bool, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, config: AttentionConfig, backend: str, strict: bool, *tensors: Any) -> tuple[Tensor, Tensor]:
         out, lse = _forward(config, AttentionInputs(*tensors), backend, strict)
         assert lse is not None
         ctx.save_for_backward(out, lse, *tensors)
@@ -383,7 +381,7 @@ class _Attention(torch.autograd.Function):
         out, lse, *tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        found = _AttentionGradient.apply(*ctx.call, grad_out, grad_lse, out, lse, *tensors)
+        found = _AttentionGradient.apply(*ctx.call, grad_out, grad_lse, out, lse, *tensors)  # type: ignore[no-untyped-call]
         return (None, None, None, *_by_input(found, tensors, ctx.needs_input_grad[3:]))
 
 
@@ -400,7 +398,7 @@ class _AttentionGradient(torch.autograd.Function):
         grad_lse: Tensor | None,
         out: Tensor,
         lse: Tensor,
-        *tensors: Tensor | None,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
         inputs = AttentionInputs(*tensors)
         found = _backward(config, inputs, backend, strict, out, lse, grad_out, grad_lse)

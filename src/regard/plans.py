@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from regard import lengths
 from regard.config import AttentionConfig, AttentionInputs
@@ -25,11 +24,11 @@ OPTIONS = (
 """The other arguments of `AttentionConfig.from_tensors` in the order of `describe`."""
 
 
-def describe(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], *, traced: bool) -> AttentionConfig:
+def describe(tensors: tuple[Any, ...], options: tuple[Any, ...], *, traced: bool) -> AttentionConfig:
     """Validate a call, or remember the config of a call that looked the same: it is the same object then.
 
     Args:
-        tensors: in the order of `TENSORS`, as the caller wrote them.
+        tensors: tensors or None in the order of `TENSORS`, or whatever the caller passed for them.
         options: in the order of `OPTIONS`.
         traced: what `is_traced` says of the tensors; then nothing is remembered.
 
@@ -45,9 +44,8 @@ def describe(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], *, tr
             key = None
     if known is not None and _values_fit(known, tensors, options):
         return known
-    config = AttentionConfig.from_tensors(
-        **dict(zip(TENSORS, tensors, strict=True)), **dict(zip(OPTIONS, options, strict=True))
-    )
+    arguments = dict(zip((*TENSORS, *OPTIONS), (*tensors, *options), strict=True))
+    config = AttentionConfig.from_tensors(**arguments)
     if key is not None:
         _recent.keep(key, config)
     return config
@@ -68,7 +66,7 @@ def select(config: AttentionConfig, backend: str | None) -> Selection:
     return selection
 
 
-def _appearance(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+def _appearance(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
     """Everything a config and what is prepared for it can depend on, but values in tensors.
 
     The types of options count: 1 and True are equal, but only one of them is a legal ``causal``.
@@ -80,11 +78,11 @@ def _appearance(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) ->
         *map(type, options),
         None if window is None else tuple(map(type, window)),
         torch.is_grad_enabled(),
-        torch.get_float32_matmul_precision() if q is not None and q.dtype == torch.float32 else None,
+        torch.get_float32_matmul_precision() if q.dtype == torch.float32 else None,
     )
 
 
-def _values_fit(config: AttentionConfig, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> bool:
+def _values_fit(config: AttentionConfig, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> bool:
     """Whether a remembered config holds for the values in index tensors of a call that looks the same.
 
     Raises:
@@ -98,7 +96,7 @@ def _values_fit(config: AttentionConfig, tensors: tuple[Tensor | None, ...], opt
         return longest == [config.seqlen_q, config.seqlen_k]
     if kv_lens is not None:
         lengths.check_kv_lens(kv_lens, config.seqlen_k)
-        if block_table is not None and k is not None and config.page_size is not None:
+        if block_table is not None and config.page_size is not None:
             lengths.check_pages(block_table, kv_lens, k.shape[0], config.page_size)
     return True
 

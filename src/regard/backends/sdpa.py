@@ -50,7 +50,9 @@ class SdpaBackend:
             out = out.masked_fill(hidden_rows, 0.0)
         out = out.transpose(1, 2)[..., : config.head_dim_v].contiguous()
         if must_align and out.requires_grad:
-            out.register_hook(lambda gradient: _aligned(gradient)[..., : config.head_dim_v])
+            out.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: _aligned(gradient)[..., : config.head_dim_v]
+            )
         return out, None
 
     def backward(
