@@ -232,7 +232,7 @@ def _run(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None
     if transposed:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     seed = None if config.dropout_p == 0 else _draw_seed(config, q)
-    inputs = AttentionInputs(q, k, v, _four_dimensional(mask), _four_dimensional(bias), *rest, dropout_seed=seed)
+    inputs = AttentionInputs._make((q, k, v, _four_dimensional(mask), _four_dimensional(bias), *rest, seed))
     out, lse = ops.attend(config, inputs, selection, traced=traced)
     if transposed:
         out = out.transpose(1, 2)

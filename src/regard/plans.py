@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from regard import lengths
 from regard.config import AttentionConfig, AttentionInputs
@@ -90,15 +91,23 @@ def _values_fit(config: AttentionConfig, tensors: tuple[Any, ...], options: tupl
     """
     k, (*_, cu_seqlens_q, cu_seqlens_k, kv_lens, block_table) = tensors[1], tensors
     if cu_seqlens_q is not None:
-        assert config.total_q is not None and config.total_k is not None
-        totals, stated = (config.total_q, config.total_k), options[8:10]
-        _, *longest = lengths.describe_packed(totals, (cu_seqlens_q, cu_seqlens_k), stated, cu_seqlens_q.device)
-        return longest == [config.seqlen_q, config.seqlen_k]
+        stated_q, stated_k = options[8:10]
+        return _longest_fits("cu_seqlens_q", cu_seqlens_q, config.total_q, stated_q, config.seqlen_q) and _longest_fits(
+            "cu_seqlens_k", cu_seqlens_k, config.total_k, stated_k, config.seqlen_k
+        )
     if kv_lens is not None:
         lengths.check_kv_lens(kv_lens, config.seqlen_k)
         if block_table is not None and config.page_size is not None:
             lengths.check_pages(block_table, kv_lens, k.shape[0], config.page_size)
     return True
+
+
+def _longest_fits(name: str, cu_seqlens: Tensor, total: int | None, stated: int | None, remembered: int) -> bool:
+    assert total is not None
+    longest = lengths.longest_sequence(name, cu_seqlens, total)
+    if longest is None:
+        return stated == remembered
+    return longest == remembered and (stated is None or stated >= longest)
 
 
 class _Recent:
