@@ -78,6 +78,7 @@ def _root(
 
 app.command()(commands.bench)
 app.command()(commands.report)
+app.command()(commands.profile)
 
 
 @app.command()
@@ -88,15 +89,15 @@ def info(as_json: JsonOption = False) -> None:
         typer.echo(json.dumps(facts, indent=2))
         return
     console = _console()
-    console.print(_table(["package", "version"], facts["versions"].items()))
-    console.print(_table(["device", "architecture", "name"], (each.values() for each in facts["devices"])))
+    console.print(table(["package", "version"], facts["versions"].items()))
+    console.print(table(["device", "architecture", "name"], (each.values() for each in facts["devices"])))
     backends = (
         (each["name"], "; ".join(reason["sentence"] for reason in each["reasons"]) or "serves")
         for each in facts["backends"]
     )
-    console.print(_table(["backend, in order of selection", f"on {facts['devices'][0]['arch']}"], backends))
+    console.print(table(["backend, in order of selection", f"on {facts['devices'][0]['arch']}"], backends))
     optional = ((each["name"], each["version"] or "not installed", each["for"]) for each in facts["optional"])
-    console.print(_table(["optional package", "version", "for"], optional))
+    console.print(table(["optional package", "version", "for"], optional))
 
 
 @app.command()
@@ -337,7 +338,7 @@ def _print_explanation(explanation: Explanation, requested: str | None) -> None:
         style = {"chosen": "bold green", "supported": "green", "cannot": "red"}[verdict]
         rows.append((name, f"[{style}]{verdict}[/]", "\n".join(_escape(str(reason)) for reason in reasons)))
     console.print(explanation.config.describe(), markup=False, highlight=False)
-    console.print(_table(["backend", "verdict", "reasons against it"], rows))
+    console.print(table(["backend", "verdict", "reasons against it"], rows))
     if chosen is not None:
         console.print(chosen.why, markup=False, highlight=False)
     elif requested in (None, "auto"):
@@ -358,9 +359,9 @@ def _print_generation(console: Console, result: Generation, loading: float, thre
     ]
     if threads is not None:
         measured.append(("CPU threads", str(threads)))
-    console.print(_table(["", "measured"], measured))
+    console.print(table(["", "measured"], measured))
     served = ((use.phase, use.kind, str(use.layers or "?"), use.selection.backend) for use in result.uses)
-    console.print(_table(["phase", "attention", "layers", "backend"], served))
+    console.print(table(["phase", "attention", "layers", "backend"], served))
     for sentence in dict.fromkeys(sentence for use in result.uses for sentence in _why(use.selection)):
         console.print(sentence, markup=False, highlight=False)
 
@@ -388,14 +389,15 @@ def _print_comparison(console: Console, comparison: Comparison, tokenizer: Any) 
     )
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table without vertical lines; long entries are folded, never cut."""
     from rich import box
     from rich.table import Column, Table
 
-    table = Table(*(Column(name, overflow="fold") for name in columns), box=box.SIMPLE_HEAD)
+    made = Table(*(Column(name, overflow="fold") for name in columns), box=box.SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*row)
-    return table
+        made.add_row(*row)
+    return made
 
 
 def _console(stderr: bool = False) -> Console:

@@ -130,45 +130,12 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
     return made
 
 
-def meta_inputs(config: AttentionConfig) -> AttentionInputs:
-    """Tensors without storage for a call that a config describes."""
-
-    def tensor(*shape: int | None, dtype: torch.dtype = config.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")  # type: ignore[arg-type]
-
-    batch, heads_q, heads_kv = config.batch, config.heads_q, config.heads_kv
-    if config.varlen:
-        rows_q, rows_k = (config.total_q,), (config.total_k,)
-    else:
-        rows_q, rows_k = (batch, config.seqlen_q), (batch, config.seqlen_k)
-    block_table = None
-    if config.page_size is not None:
-        pages = config.seqlen_k // config.page_size
-        rows_k = (batch * pages, config.page_size)
-        block_table = tensor(batch, pages, dtype=torch.int32)
-    offsets = tensor(batch + 1, dtype=torch.int32) if config.varlen else None
-    return AttentionInputs(
-        q=tensor(*rows_q, heads_q, config.head_dim),
-        k=tensor(*rows_k, heads_kv, config.head_dim),
-        v=tensor(*rows_k, heads_kv, config.head_dim_v),
-        mask=None if config.mask_shape is None else tensor(*config.mask_shape, dtype=torch.bool),
-        bias=None if config.bias_shape is None else tensor(*config.bias_shape, dtype=config.bias_dtype or config.dtype),
-        alibi_slopes=tensor(heads_q, dtype=torch.float32) if config.alibi else None,
-        sinks=tensor(heads_q, dtype=torch.float32) if config.sinks else None,
-        cu_seqlens_q=offsets,
-        cu_seqlens_k=offsets,
-        kv_lens=tensor(batch, dtype=torch.int32) if config.kv_lens else None,
-        block_table=block_table,
-        dropout_seed=tensor(1, dtype=torch.int64) if config.dropout_p > 0 else None,
-    )
-
-
 # --- Measuring
 
 
 def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
     """Compile one case and return its record: the tile it runs with and its `Footprint`."""
-    from cross_compile import compile_launch, footprint
+    from regard.bench.cross_compile import compile_launch, footprint, meta_inputs
 
     kernel, arguments, options = KERNELS[name.split()[0]].launch(config, meta_inputs(config))
     arch = tuning.table_architecture(config.arch)

@@ -18,6 +18,8 @@ _GRID = "Grid"
 _RUN = "Run"
 _RESULTS = "Results"
 
+_INSTALL = "pip install 'regard[bench]'"
+
 CaseList = Annotated[
     list[str] | None, typer.Option("--case", help="A single workload by name, as rows give it; repeatable.")
 ]
@@ -162,8 +164,10 @@ def report(
 
     with one_line_errors():
         from regard.bench import rows, summary
-        from regard.bench.report import write_report
+        from regard.bench.report import missing_packages, write_report
 
+        if missing := missing_packages():
+            raise ConfigError("report", f"no {' and '.join(missing)}", _INSTALL)
         found, corrupt = rows.read_all(rows_files)
         _say_corrupt(corrupt)
         if not found:
@@ -172,6 +176,93 @@ def report(
         for sentence in summary.sentences(found):
             typer.echo(sentence)
         typer.echo(f"wrote {out}" + (f" and plots to {plots}" if plots else ""))
+
+
+def profile(
+    case: Annotated[str, typer.Argument(help="A workload by name, such as b1-s4096-h16-d128-bf16-causal.")],
+    arch: Annotated[
+        str | None, typer.Option(help="sm90, gfx1100, ...; need not be in this machine.", show_default="this GPU's")
+    ] = None,
+    rows_file: Annotated[
+        Path | None, typer.Option("--rows", help="Take the times from these rows instead of a run here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What a workload's kernels ask of a GPU, and where there is a run what bounds its time."""
+    from regard.cli import one_line_errors
+
+    with one_line_errors():
+        import json
+
+        import torch
+
+        from regard.bench.cases import parse
+        from regard.bench.profile import bound, facts, profile_kernels
+        from regard.cli import device_of
+        from regard.config import architecture
+
+        workload = parse(case)
+        here = architecture(device_of(None))
+        if arch is None and here == "cpu":
+            raise ConfigError(
+                "arch", "none, and no GPU here", "the architecture to compile for, such as sm90 or gfx1100"
+            )
+        kernels = profile_kernels(workload, arch or here)
+        measured = _rows_of(case, arch or here, rows_file, torch.cuda.is_available() and (arch or here) == here)
+        known = facts(workload, arch or here, kernels)
+        if as_json:
+            typer.echo(json.dumps({**known, "rows": measured}, indent=2))
+            return
+        _print_profile(known)
+        for row in measured:
+            own = kernels if row["implementation"] == "flash" else []
+            for sentence in bound(row, own):
+                typer.echo(sentence)
+        if not measured:
+            typer.echo("no run: times need this GPU in the machine, or --rows of a run on one")
+
+
+def _rows_of(case: str, arch: str, rows_file: Path | None, can_run: bool) -> list[dict[str, Any]]:
+    """Rows of a case on an architecture: from a file, or measured here and now."""
+    import tempfile
+
+    from regard.bench import rows
+    from regard.bench.run import Options, run
+
+    if rows_file is not None:
+        found, corrupt = rows.read(rows_file)
+        _say_corrupt(corrupt)
+    elif can_run:
+        with tempfile.TemporaryDirectory() as folder:
+            options = Options(cases=(case,), device="cuda", implementations=("flash",), out=Path(folder, "rows.jsonl"))
+            found = list(run(options).rows)
+    else:
+        return []
+    timed = [row for row in found if row["status"] == "ok" and row["environment"].get("arch") == arch]
+    return [row for row in timed if row["case"] == case]
+
+
+def _print_profile(known: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from regard.cli import table
+
+    console = Console()
+    typer.echo(
+        f"{known['case']} on {known['arch']}: {known['flops']:.4g} operations, at least {known['bytes']:.4g} bytes, "
+        f"{known['intensity']:.4g} operations a byte"
+    )
+    columns = ["kernel", "tile", "warps", "stages", "programs", "registers", "spilled B", "shared KiB", "matrix",
+               "resident", "occupancy"]  # fmt: skip
+    lines = [
+        (
+            each["kernel"], each["tile"], str(each["warps"]), str(each["stages"]), str(each["programs"]),
+            str(each["registers"]), str(each["spills"]), f"{each['shared'] / 1024:.1f}", each["matrix"] or "none",
+            f"{each['resident']} ({each['limited_by']})", f"{each['occupancy']:.0%}",
+        )
+        for each in known["kernels"]
+    ]  # fmt: skip
+    console.print(table(columns, lines))
 
 
 def _finish(outcome: Outcome, html: Path | None, save: str | None, before: Any, threshold: float) -> bool:
@@ -206,7 +297,7 @@ def _write_html(outcome: Outcome, html: Path | None) -> None:
     missing = missing_packages()
     if missing:
         if html is not None:
-            raise ConfigError("report", f"no {' and '.join(missing)}", "pip install 'regard[bench]'; the rows are kept")
+            raise ConfigError("report", f"no {' and '.join(missing)}", f"{_INSTALL}; the rows are kept")
         typer.echo(f"no HTML report without {' and '.join(missing)}: regard report {outcome.path}, where they are")
         return
     place = html or outcome.path.with_suffix(".html")

@@ -19,6 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from regard.config import AttentionConfig, AttentionInputs
+
 TYPE_NAMES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
     torch.uint8: "u8",
@@ -42,6 +44,7 @@ class Footprint(NamedTuple):
 
 
 def target_of(arch: str) -> GPUTarget:
+    """What Triton compiles for."""
     if arch.startswith("sm"):
         return GPUTarget("cuda", int(arch[2:]), 32)
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
@@ -100,7 +103,9 @@ def _cubin_usage(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [str(tool), "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    return done.stdout
 
 
 def _number(pattern: str, text: str) -> int:
@@ -108,3 +113,36 @@ def _number(pattern: str, text: str) -> int:
     if found is None:
         raise ValueError(f"the compiler's output has no {pattern}")
     return int(found.group(1))
+
+
+def meta_inputs(config: AttentionConfig) -> AttentionInputs:
+    """Tensors without storage for a call that a config describes."""
+
+    def tensor(*shape: int | None, dtype: torch.dtype = config.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")  # type: ignore[arg-type]
+
+    batch, heads_q, heads_kv = config.batch, config.heads_q, config.heads_kv
+    rows_q: tuple[int | None, ...] = (batch, config.seqlen_q)
+    rows_k: tuple[int | None, ...] = (batch, config.seqlen_k)
+    if config.varlen:
+        rows_q, rows_k = (config.total_q,), (config.total_k,)
+    block_table = None
+    if config.page_size is not None:
+        pages = config.seqlen_k // config.page_size
+        rows_k = (batch * pages, config.page_size)
+        block_table = tensor(batch, pages, dtype=torch.int32)
+    offsets = tensor(batch + 1, dtype=torch.int32) if config.varlen else None
+    return AttentionInputs(
+        q=tensor(*rows_q, heads_q, config.head_dim),
+        k=tensor(*rows_k, heads_kv, config.head_dim),
+        v=tensor(*rows_k, heads_kv, config.head_dim_v),
+        mask=None if config.mask_shape is None else tensor(*config.mask_shape, dtype=torch.bool),
+        bias=None if config.bias_shape is None else tensor(*config.bias_shape, dtype=config.bias_dtype or config.dtype),
+        alibi_slopes=tensor(heads_q, dtype=torch.float32) if config.alibi else None,
+        sinks=tensor(heads_q, dtype=torch.float32) if config.sinks else None,
+        cu_seqlens_q=offsets,
+        cu_seqlens_k=offsets,
+        kv_lens=tensor(batch, dtype=torch.int32) if config.kv_lens else None,
+        block_table=block_table,
+        dropout_seed=tensor(1, dtype=torch.int64) if config.dropout_p > 0 else None,
+    )
