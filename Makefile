@@ -6,8 +6,8 @@ PROMPT ?= Here is a simple recipe for pancakes:
 VENV   := .venv
 OLDEST := .venv-triton-oldest
 RUN    := $(VENV)/bin/python
-# A torch that the machine already has is used as it is, never replaced.
-HAVE_TORCH := $(PYTHON) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)' 2>/dev/null
+# Never another torch than the one that .ci/environment.py found or installed.
+INSTALL := $(RUN) -m pip install --quiet --constraint $(VENV)/constraints.txt
 
 .PHONY: demo test lint format arch-baseline clean
 
@@ -33,17 +33,16 @@ arch-baseline: $(VENV)/.dev $(OLDEST)/.ready
 	$(RUN) tests/arch/footprints.py --write
 	$(OLDEST)/bin/python tests/arch/footprints.py --write
 
-$(VENV)/.base: pyproject.toml
-	if $(HAVE_TORCH); then $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else $(PYTHON) -m venv $(VENV) && $(RUN) -m pip install --quiet "$(TORCH)"; fi
+$(VENV)/.base: pyproject.toml .ci/environment.py
+	$(PYTHON) .ci/environment.py $(VENV) "$(TORCH)"
 	touch $@
 
 $(VENV)/.worker: $(VENV)/.base
-	$(RUN) -m pip install --quiet --editable ".[worker]"
+	$(INSTALL) --editable ".[worker]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.worker
-	$(RUN) -m pip install --quiet --editable ".[dev]"
+	$(INSTALL) --editable ".[dev]"
 	touch $@
 
 # Only Triton (and the NumPy its interpreter needs) differ: everything else comes from the first venv through a .pth.
