@@ -67,8 +67,8 @@ def flash_attn_with_kvcache(
         a backward that reaches them raises.
 
     Raises:
-        ConfigError: an argument is malformed. On the CPU also for lengths, rows and pages that do not exist; on a GPU
-            those are clamped, to spare a synchronisation.
+        ConfigError: an argument is malformed. Tensors of lengths, rows and pages are checked on the CPU; on a GPU what
+            does not exist is clamped, to spare a synchronisation.
     """
     _check_shapes(q, k_cache, v_cache)
     if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 0:
@@ -78,36 +78,36 @@ def flash_attn_with_kvcache(
     capacity = pages.shape[1] * k_cache.shape[1]
     held = _lengths("cache_seqlens", capacity if cache_seqlens is None else cache_seqlens, q)
     leftpad = None if cache_leftpad is None else _lengths("cache_leftpad", cache_leftpad, q)
+    new = 0
+    if any(tensor is not None for tensor in (k, v, rotary_cos, rotary_sin)):
+        k, v = _check_new(q, k_cache, v_cache, k, v, cache_seqlens, capacity)
+        new = k.shape[1]
+    check_range("cache_seqlens", held if isinstance(cache_seqlens, Tensor) else cache_seqlens or 0, 0, capacity - new)
+    if leftpad is not None:
+        check_range("cache_leftpad", held + new - leftpad, 0, capacity)
     wants_gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (q, k_cache, v_cache, k, v)
     )
     with torch.no_grad():
-        if k is not None or v is not None or rotary_cos is not None or rotary_sin is not None:
-            new_k, new_v = _check_new(q, k_cache, v_cache, k, v, cache_seqlens, capacity)
-            check_range("cache_seqlens", held, 0, capacity - new_k.shape[1])
+        if k is not None and v is not None:
             if rotary_cos is not None or rotary_sin is not None:
                 ordered = causal or window is not None
                 angles = _check_tables(rotary_cos, rotary_sin, q, capacity)
-                q, new_k = _rotate(q, new_k, angles, held, ordered, rotary_interleaved)
-            _append(k_cache, v_cache, new_k, new_v, pages, held)
-            held = held + new_k.shape[1]
+                q, k = _rotate(q, k, angles, held, ordered, rotary_interleaved)
+            _append(k_cache, v_cache, k, v, pages, held)
+            held = held + new
+        if leftpad is not None:
+            k_cache, v_cache, pages = _pages_of_one_key(k_cache, v_cache, pages, leftpad)
+            held = (held - leftpad).clamp_min(0)
         options: dict[str, Any] = dict(
             causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes,
             return_lse=return_softmax_lse,
         )  # fmt: skip
-        if leftpad is not None:
-            check_range("cache_leftpad", held - leftpad, 0, capacity)
-            k_cache, v_cache, pages = _pages_of_one_key(k_cache, v_cache, pages, leftpad)
-            held = (held - leftpad).clamp_min(0)
         if block_table is None and cache_batch_idx is None and leftpad is None:
             result = attention(q, k_cache, v_cache, kv_lens=held, **options)
         else:
             result = paged_attention(q, k_cache, v_cache, pages, held, **options)
-    out, lse = result if return_softmax_lse else (result, None)
-    if wants_gradient:
-        anything = torch.empty(0, device=q.device, requires_grad=True)
-        out, lse = _WithoutGradient.apply(out, lse, anything)  # type: ignore[no-untyped-call]
-    return out if lse is None else (out, lse)
+    return _without_gradient(result) if wants_gradient else result
 
 
 def attention_over_pages(
@@ -268,12 +268,17 @@ def _index_vector(name: str, tensor: Tensor, batch: int) -> Tensor:
     return tensor.contiguous()
 
 
-class _WithoutGradient(torch.autograd.Function):
-    """Results of a call that has no backward, for callers that did not turn gradients off: one asked for raises."""
+def _without_gradient(result: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    """The same for callers that did not turn gradients off: a backward that comes here raises."""
+    out, *lse = result if isinstance(result, tuple) else (result,)
+    marked: tuple[Tensor, Tensor] = _Raising.apply(torch.empty(0, requires_grad=True), out, *lse)  # type: ignore[no-untyped-call]
+    return marked if lse else marked[0]
 
+
+class _Raising(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, lse: Tensor | None, requires_grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        return out.view_as(out), None if lse is None else lse.view_as(lse)
+    def forward(ctx: Any, requires_grad: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
+        return tuple(result.view_as(result) for result in results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:

@@ -18,7 +18,11 @@ _ORIGIN = "regard.integrations.flash_attn"
 _FUNCTIONS = {name: getattr(flash_attn_interface, name) for name in flash_attn_interface.__all__}
 _CONTENTS: dict[str, dict[str, object]] = {
     "flash_attn": {"__version__": __version__, **_FUNCTIONS},
-    "flash_attn.flash_attn_interface": {**_FUNCTIONS, "_get_block_size_n": flash_attn_interface._get_block_size_n},
+    "flash_attn.flash_attn_interface": {
+        **_FUNCTIONS,
+        "USE_TRITON_ROCM": flash_attn_interface.USE_TRITON_ROCM,
+        "_get_block_size_n": flash_attn_interface._get_block_size_n,
+    },
     "flash_attn.bert_padding": {name: getattr(bert_padding, name) for name in bert_padding.__all__},
     "flash_attn.layers": {},
     "flash_attn.layers.rotary": {name: getattr(rotary, name) for name in rotary.__all__},

@@ -31,10 +31,14 @@ def page_and_row(pages: Tensor, page_size: int, position: Tensor, num_pages: int
     return page.clamp(0, num_pages - 1), position % page_size
 
 
-def check_range(name: str, values: Tensor, least: int, most: int) -> None:
-    """Raise a `ConfigError` for integers outside least..most. Only on the CPU: a GPU is not synchronised for it."""
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or values.numel() == 0:
-        return
-    lowest, highest = (int(bound) for bound in values.aminmax())
+def check_range(name: str, values: int | Tensor, least: int, most: int) -> None:
+    """Raise a `ConfigError` for integers outside least..most. A GPU is not synchronised for it: tensors there pass."""
+    if isinstance(values, Tensor):
+        if values.device.type != "cpu" or torch.compiler.is_compiling() or values.numel() == 0:
+            return
+        lowest, highest = (int(bound) for bound in values.aminmax())
+    else:
+        lowest = highest = values
     if lowest < least or highest > most:
-        raise ConfigError(name, f"values in {lowest}..{highest}", f"values in {least}..{most}")
+        seen = f"{lowest}" if lowest == highest else f"values in {lowest}..{highest}"
+        raise ConfigError(name, seen, f"values in {least}..{most}")
