@@ -69,7 +69,12 @@ class ExternalBackend:
             return [Reason("not_installed", f"no {self.package.name}", self.package.missing)]
         if config.device != "cuda":
             return [Reason("device", config.device, "cuda")]
-        return self.package.reasons(config)
+        try:
+            return self.package.reasons(config)
+        except (ImportError, OSError) as error:  # found, but not for this torch, CUDA or GPU
+            return [
+                Reason("not_installed", f"a {self.package.name} that does not load ({error})", self.package.missing)
+            ]
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
         return config.kv_layout

@@ -240,9 +240,12 @@ def _flush_buffer() -> torch.Tensor:
     return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
 
-def host_seconds(run: Run, device: torch.device, calls: int = 20) -> float:
-    """Median time the host needs for a call. On a CPU, give a call that has next to nothing to compute."""
+def host_seconds(run: Run, device: torch.device, seconds: float) -> float:
+    """Median time the host needs for a call that takes ``seconds`` on a GPU. On a CPU, give one with next to nothing to
+    compute.
+    """
     taken = []
+    calls = max(3, min(20, int(0.1 / seconds))) if device.type == "cuda" else 20
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     for _ in range(calls):

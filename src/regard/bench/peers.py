@@ -21,7 +21,7 @@ from regard import api
 from regard.backends.external import ADAPTERS, ExternalBackend
 from regard.bench.inputs import canonical_inputs, sequence, visible
 from regard.config import DIFFERENTIABLE_INPUTS, AttentionConfig
-from regard.errors import ConfigError, Reason
+from regard.errors import ConfigError, Reason, UnsupportedError
 from regard.registry import INAPPLICABLE, registry
 from regard.testing import Call
 
@@ -136,15 +136,24 @@ class TorchKernel:
         common = dict(scale=config.softmax_scale, enable_gqa=config.heads_q != config.heads_kv)
         if not _needs_mask(config):
             return dict(is_causal=config.causal and config.seqlen_q > 1, **common)
-        return dict(attn_mask=added_scores(config, call, call.tensors["q"].dtype), **common)
+        added = added_scores(config, call, call.tensors["q"].dtype)
+        if added is not None and self.kernel is not None:  # the GPU's kernels take no mask that is left to broadcast
+            added = added.expand(config.batch, config.heads_q, config.seqlen_q, config.seqlen_k)
+        return dict(attn_mask=added, **common)
 
     @contextmanager
     def _held(self) -> Iterator[None]:
         if self.kernel is None:
             yield
             return
-        with sdpa_kernel([self.kernel]):
-            yield
+        try:
+            with sdpa_kernel([self.kernel]):
+                yield
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            reason = Reason("kernel", "a call that torch refuses", f"one that its {self.kernel.name} kernel takes")
+            raise UnsupportedError(f"{self.name}: {reason}", {self.name: [reason]}) from None
 
 
 @dataclass(frozen=True)

@@ -125,15 +125,23 @@ def run(options: Options, listener: Listener = lambda *_: None) -> Outcome:
             listener(MODEL_SUITE, total, total, ())
     except KeyboardInterrupt:
         interrupted = "interrupted"
-    except DeviceLost as error:
-        interrupted = str(error)
+    except DeviceLost as lost:
+        interrupted = str(lost)
+        rows.write(path, lost.rows)
+        collected += lost.rows
     latest = {rows.key(row): row for row in collected}
     skipped = cells.inapplicable()
     return Outcome(path, tuple(latest.values()), interrupted, skipped, corrupt)
 
 
 class DeviceLost(RuntimeError):
-    """The device does not answer any more after a kernel failed; nothing else can be measured in this process."""
+    """The device does not answer any more after a kernel failed; nothing else can be measured in this process.
+
+    Attributes:
+        rows: of the workload that lost it.
+    """
+
+    rows: Sequence[Row] = ()
 
 
 def use_fa3(folder: str | Path) -> None:
@@ -220,13 +228,17 @@ class _Cells:
         except torch.OutOfMemoryError as error:
             return [row | {"status": "failed", "reason": _first_line(error)} for row in common.values()]
         gradient = dense_gradient(call) if workload.mode != "fwd" else None
-        for each in self._implementations:
-            row = made[each.name] = common[each.name] | {"chosen": chosen}
-            ready = self._check(each, workload, call, verifier, gradient, row)
-            if ready is not None:
-                prepared[each.name] = ready
-        if prepared:
-            self._time(workload, call, prepared, made)
+        try:
+            for each in self._implementations:
+                row = made[each.name] = common[each.name] | {"chosen": chosen}
+                ready = self._check(each, workload, call, verifier, gradient, row)
+                if ready is not None:
+                    prepared[each.name] = ready
+            if prepared:
+                self._time(workload, call, prepared, made)
+        except DeviceLost as lost:
+            lost.rows = [row for row in made.values() if "status" in row]
+            raise
         return list(made.values())
 
     def _check(
@@ -270,7 +282,16 @@ class _Cells:
         if workload.mode != "fwd":  # a backward runs on the stream of its forward, which cannot be captured afterwards
             settings = replace(settings, timer="events")
         runs = {name: ready.run for name, ready in prepared.items()}
-        timings = measure.time_together(runs, self._device, settings)
+        try:
+            timings = measure.time_together(runs, self._device, settings)
+        except Exception as error:
+            for name in runs:
+                made[name] |= {
+                    "status": "failed",
+                    "reason": f"while timed: {type(error).__name__}: {_first_line(error)}",
+                }
+            self._synchronise_after(error)
+            return
         reference = self._reference(timings)
         ceilings = self._measured_ceilings(workload.dtype)
         small = tiny(workload, self._device) if self._device.type == "cpu" else call
@@ -284,7 +305,7 @@ class _Cells:
                 ratio = measure.speedup(timings[reference], timing)
                 row |= dict(zip(("speedup", "speedup_low", "speedup_high"), map(_rounded, ratio), strict=True))
                 row["reference"] = reference
-            row["host_us"] = _rounded(1e6 * measure.host_seconds(host, self._device)) if host else None
+            row["host_us"] = _rounded(1e6 * measure.host_seconds(host, self._device, timing.median)) if host else None
             row |= {"input_bytes": inputs, "result_bytes": _result_bytes(workload, call)}
 
     def _reference(self, timings: Mapping[str, Timing]) -> str | None:

@@ -1,0 +1,258 @@
+"""Results are checked before they are timed, times come with their uncertainty, memory and ceilings are measured."""
+
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from regard.bench import measure, peers
+from regard.bench.cases import Workload, parse
+from regard.bench.inputs import dense_gradient, draw, tiny
+from regard.bench.measure import Settings, Timing
+from regard.bench.verify import Verifier
+
+CPU = torch.device("cpu")
+SAMPLED = [
+    "b2-s70-h4/2-d32-fp32-causal",
+    "b2-q21-k70-h4/2-d40-bf16-causal",
+    "b2-q70-k21-h2-d32-fp32-causal",
+    "b1-s90-h2-d32-fp32-window=11:5",
+    "b2-s45-h4/2-d32/48-fp32-softcap=3-sinks",
+    "b2-s45-h4/2-d32-fp32-bias=1hqk-mask=b11k-causal",
+    "b2-s45-h4-d32-bf16-bias=b1q1",
+    "b2-s45-h4-d32-fp32-alibi-causal",
+    "b3-s60-h4/2-d32-fp32-causal-varlen",
+    "b2-q1-k70-h4/2-d32-fp32-paged=16",
+    "b2-q3-k70-h4/2-d32-fp32-causal-paged=16",
+    "bwd-b2-s45-h4/2-d32-fp32-causal",
+    "fwdbwd-b2-q30-k45-h4/2-d32-bf16-mask=11qk-window=20:none",
+    "fwdbwd-b3-s45-h4/2-d32-fp32-causal-varlen",
+]
+
+
+def results(workload, call, backend="reference", gradient=None):
+    ready = peers.OurBackend(backend).prepare(workload.mode, call, gradient)
+    return ready.results(ready.run())
+
+
+@pytest.mark.parametrize("budget", [1 << 18, 400], ids=["all rows", "few rows"])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_right_result_passes(name, budget, monkeypatch):
+    monkeypatch.setattr("regard.bench.verify.SCORES", {"cpu": budget})
+    workload = parse(name)
+    call = draw(workload, CPU)
+    verifier = Verifier(workload, call)
+    comparisons = verifier.check(results(workload, call, gradient=verifier.grad_out))
+    names = {each.name for each in comparisons}
+    assert names >= ({"out"} if workload.mode == "fwd" else {"dq", "dk", "dv"})
+    assert all(each.ratio <= 1 for each in comparisons)
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLED if "bf16" not in n])
+def test_a_wrong_result_is_caught(name, monkeypatch):
+    """The causal flag ignored, the scale wrong, a head swapped: whatever differs on the sampled rows."""
+    monkeypatch.setattr("regard.bench.verify.SCORES", {"cpu": 2000})
+    workload = parse(name)
+    call = draw(workload, CPU)
+    verifier = Verifier(workload, call)
+    right = results(workload, call, gradient=verifier.grad_out)
+    for tensor in right:
+        wrong = {**right, tensor: right[tensor] * 1.01}
+        with pytest.raises(AssertionError, match=tensor):
+            verifier.check(wrong)
+        swapped = right[tensor].flip(-2)  # heads
+        with pytest.raises(AssertionError, match=tensor):
+            verifier.check({**right, tensor: swapped})
+    poisoned = {**right, next(iter(right)): torch.full_like(next(iter(right.values())), float("nan"))}
+    with pytest.raises(AssertionError, match="not finite"):
+        verifier.check(poisoned)
+
+
+def test_a_feature_ignored_is_caught():
+    workload = parse("b1-s64-h2-d32-fp32-causal")
+    verifier = Verifier(workload, draw(workload, CPU))
+    ignored = parse("b1-s64-h2-d32-fp32")
+    with pytest.raises(AssertionError):
+        verifier.check(results(ignored, draw(ignored, CPU)))
+
+
+def test_checking_a_large_call_recomputes_a_small_part_of_it(monkeypatch):
+    monkeypatch.setattr("regard.bench.verify.SCORES", {"cpu": 1 << 12})
+    verifier = Verifier(workload := Workload(seqlen_q=1024, seqlen_k=1024, dtype="fp32"), draw(workload, CPU))
+    assert sum(part.rows.numel() for part in verifier.parts) * 1024 <= 1 << 12
+    assert {int(part.rows[-1]) for part in verifier.parts} == {1023}
+    assert [part.kv_head for part in verifier.parts] == [0, 7]
+
+
+def test_torch_and_eager_are_right_where_they_do_not_refuse():
+    for name in SAMPLED:
+        workload = parse(name)
+        call = draw(workload, CPU)
+        verifier = Verifier(workload, call)
+        for each in (peers.TorchKernel("torch-sdpa"), peers.Eager()):
+            hidden_rows = workload.causal and workload.seqlen_q > workload.seqlen_k  # torch gives NaN or 0 there
+            if each.reasons(call.config()) or hidden_rows:
+                continue
+            if isinstance(each, peers.Eager) and workload.dtype == "bf16":
+                continue  # it rounds the scores, which the rule does not allow for
+            ready = each.prepare(workload.mode, call, verifier.grad_out)
+            verifier.check(ready.results(ready.run()))
+
+
+# --- Times
+
+
+def test_quantiles_and_interval_of_known_samples():
+    timing = Timing(samples=[float(i) for i in range(1, 101)])
+    assert timing.median == 50.5
+    assert (timing.quantile(0.2), timing.quantile(0.8)) == (21.0, 81.0)
+    low, high = timing.interval()
+    assert 40 <= low < 50.5 < high <= 61
+    assert Timing(samples=[3.0]).interval() == (3.0, 3.0)
+
+
+def test_the_interval_covers_the_median_as_often_as_stated():
+    generator = torch.Generator().manual_seed(0)
+    inside = 0
+    for draws in torch.empty(400, 60).exponential_(generator=generator).tolist():
+        low, high = Timing(samples=draws).interval()
+        inside += low <= 0.6931 <= high
+    assert inside / 400 >= 0.93
+
+
+def test_implementations_take_turns_and_ratios_are_paired():
+    calls = []
+
+    def run(name, seconds):
+        def call():
+            calls.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    timings = measure.time_together(
+        {"slow": run("slow", 4e-3), "fast": run("fast", 1e-3)}, CPU, Settings(seconds=0.05, precision=0)
+    )
+    assert len(timings["slow"].rounds) == len(timings["fast"].rounds) >= 3
+    assert "slow" in calls[-4:] and "fast" in calls[-4:], "neither is timed in one go"
+    ratio, low, high = measure.speedup(timings["slow"], timings["fast"])
+    assert 2 < low <= ratio <= high < 5
+
+
+def test_timing_stops_once_the_median_is_known():
+    started = time.perf_counter()
+    timings = measure.time_together({"steady": lambda: time.sleep(2e-3)}, CPU, Settings(seconds=5, precision=0.5))
+    assert time.perf_counter() - started < 1
+    assert timings["steady"].is_precise(0.5)
+
+
+def test_memory_is_what_the_allocator_handed_out():
+    a = torch.randn(256, 1024)
+    assert measure.peak_bytes(lambda: (a + 1).sum(), CPU) == pytest.approx(a.nbytes, rel=0.01)
+    assert measure.peak_bytes(lambda: (a + 1) * 2, CPU) == pytest.approx(2 * a.nbytes, rel=0.01)
+
+
+def test_memory_of_eager_is_quadratic_and_ours_is_not():
+    workload = Workload(seqlen_q=512, seqlen_k=512, dtype="fp32")
+    call = draw(workload, CPU)
+    scores = 8 * 512 * 512 * 4
+    taken = {
+        each.name: measure.peak_bytes(each.prepare("fwd", call, None).run, CPU)
+        for each in (peers.Eager(), peers.OurBackend("cpu"))
+    }
+    assert taken["eager"] > 2 * scores
+    assert taken["cpu"] < scores
+
+
+def test_ceilings_are_measured():
+    ceilings = measure.measure_ceilings(CPU, torch.float32)
+    assert 1e8 < ceilings.flops < 1e14
+    assert 1e8 < ceilings.bytes < 1e13
+
+
+def test_the_cost_of_calling_leaves_the_computing_out():
+    workload = Workload("fwdbwd", seqlen_q=512, seqlen_k=512, dtype="fp32", varlen=True, batch=2)
+    small = tiny(workload, CPU)
+    ready = peers.OurBackend("cpu").prepare("fwdbwd", small, dense_gradient(small))
+    assert 0 < measure.host_seconds(ready.run, CPU, 1.0) < 0.1
+
+
+# --- The GPU's timers, driven by a clock that stands in for a GPU
+
+
+@pytest.fixture
+def device_clock(monkeypatch):
+    """A GPU that works through its queue on a clock of its own: each call takes 10 µs, the host no time."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) * 1e3
+
+    class Graph:
+        calls = 0
+
+        def replay(self):
+            now[0] += self.calls * work.seconds
+
+    def work():
+        now[0] += work.seconds
+        if capturing:
+            capturing[-1].calls += 1
+
+    work.seconds = 10e-6
+    capturing = []
+
+    @contextmanager
+    def graph(made):
+        capturing.append(made)
+        yield
+        capturing.pop()
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextmanager
+    def stream(_):
+        yield
+
+    for name, value in dict(
+        Event=Event, CUDAGraph=Graph, graph=graph, Stream=Stream, stream=stream, current_stream=Stream,
+        synchronize=lambda *_: None, _sleep=lambda cycles: now.__setitem__(0, now[0] + cycles / 1e9),
+    ).items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    measure._cycles_per_second.cache_clear()
+    yield work
+    measure._cycles_per_second.cache_clear()
+
+
+@pytest.mark.parametrize("timer", ["auto", "events", "graph"])
+def test_gpu_timers_count_the_calls_alone(device_clock, timer):
+    timings = measure.time_together({"kernel": device_clock}, torch.device("cuda"), Settings(timer=timer))
+    assert timings["kernel"].median == pytest.approx(10e-6)
+    assert timings["kernel"].timer == ("events" if timer == "events" else "graph")
+
+
+def test_long_kernels_are_timed_by_events(device_clock):
+    device_clock.seconds = 2e-3
+    timings = measure.time_together({"kernel": device_clock}, torch.device("cuda"), Settings())
+    assert timings["kernel"].timer == "events"
+    assert timings["kernel"].median == pytest.approx(2e-3)
+
+
+def test_what_cannot_be_captured_is_timed_by_events(device_clock, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    timings = measure.time_together({"kernel": device_clock}, torch.device("cuda"), Settings())
+    assert timings["kernel"].timer == "events"
+    assert timings["kernel"].median == pytest.approx(10e-6)
