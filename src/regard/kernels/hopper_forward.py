@@ -1,0 +1,518 @@
+"""The Hopper flash-attention forward in Gluon: TMA, mbarriers, wgmma and warp specialization.
+
+Shah et al. 2024, "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision", algorithm 2: a
+producer warp streams key and value tiles through shared memory; each consumer warpgroup keeps 64 rows of queries and
+overlaps the softmax of one key tile with the product of the last tile's weights and values. Programs are persistent:
+the producer fetches the next query tile from a counter in global memory, longest tiles first, and hands its record to
+the consumers through shared memory. A feature whose pointer or bound is None is absent from the compiled kernel.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from regard.kernels.hopper_pipeline import Ring, copy_out, make_ring, matrix, record, stages_for
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+LOWEST = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key yet: finite, so that inf - inf never occurs
+ROWS = gl.constexpr(64)  # query rows of a warpgroup, as many as one wgmma covers
+RECORD = gl.constexpr(8)  # integers in a tile's record, see `schedule`
+
+
+optional = gl.tensor | gl.constexpr  # Triton turns arguments that are 1 or None into constants
+
+
+@record
+class Call:
+    """What both roles know: the arguments of `attention_forward`, and the shared memory they meet in."""
+
+    q_desc: tma.tensor_descriptor
+    k_desc: tma.tensor_descriptor
+    v_desc: tma.tensor_descriptor
+    out_desc: tma.tensor_descriptor
+    out_ptr: gl.tensor
+    lse_ptr: gl.tensor
+    counter_ptr: gl.tensor
+    cu_seqlens_q_ptr: optional
+    cu_seqlens_k_ptr: optional
+    kv_lens_ptr: optional
+    alibi_ptr: optional
+    sinks_ptr: optional
+    batch: optional
+    heads: optional
+    group: optional
+    seqlen_q: optional
+    seqlen_k: optional
+    total_q: optional
+    section: optional
+    scale: gl.tensor
+    softcap: optional
+    window_left: optional
+    right_reach: optional
+    queries: Ring
+    keys: Ring
+    values: Ring
+    records: Ring
+    out_tiles: gl.shared_memory_descriptor
+    clean: gl.shared_memory_descriptor
+    turns: gl.shared_memory_descriptor
+    HEAD_DIM_V: gl.constexpr
+    BLOCK_M: gl.constexpr
+    BLOCK_N: gl.constexpr
+    PACK: gl.constexpr
+    SEQUENCES: gl.constexpr
+    RAGGED: gl.constexpr
+    SHARE_Q: gl.constexpr
+    TAKE_TURNS: gl.constexpr
+
+
+@gluon.jit
+def key_blocks(first, last, length_q, length_k, window_left, right_reach, BLOCK_N: gl.constexpr):
+    """Key blocks [low, high) that queries first..last see, and those of them, [full_low, full_high), that all see.
+
+    There is always one block, so that every tile takes the same path; where nothing is visible it is masked whole.
+    """
+    shift = length_k - length_q
+    stop = length_k
+    full_stop = length_k
+    if right_reach is not None:
+        stop = gl.maximum(gl.minimum(length_k, last + shift + right_reach), 0)
+        full_stop = gl.maximum(gl.minimum(length_k, first + shift + right_reach), 0)
+    low = 0 * length_k
+    full_low = 0 * length_k
+    if window_left is not None:
+        low = gl.maximum(first + shift - window_left, 0) // BLOCK_N
+        full_low = gl.cdiv(gl.maximum(last + shift - window_left, 0), BLOCK_N)
+    high = gl.maximum(gl.cdiv(stop, BLOCK_N), low + 1)
+    full_high = gl.maximum(gl.minimum(full_stop // BLOCK_N, high), low)
+    full_low = gl.minimum(full_low, full_high)
+    return low, full_low, full_high, high
+
+
+@gluon.jit
+def load_tiles(call):
+    """Producer: fetch tiles until there are none left, and stream what each needs through the rings."""
+    WARPGROUPS: gl.constexpr = call.BLOCK_M // ROWS
+    POSITIONS: gl.constexpr = call.BLOCK_M // call.PACK
+    blocks_m = gl.cdiv(call.seqlen_q, POSITIONS)
+    total = call.batch * call.heads * blocks_m
+    if call.cu_seqlens_q_ptr is not None:
+        # Tiles up to the end of each sequence, in the registers of this warp.
+        slot = gl.arange(0, call.SEQUENCES, layout=gl.BlockedLayout([call.SEQUENCES // 32], [32], [1], [0]))
+        exists = slot < call.batch
+        lengths = gl.load(call.cu_seqlens_q_ptr + slot + 1, mask=exists, other=0)
+        lengths -= gl.load(call.cu_seqlens_q_ptr + slot, mask=exists, other=0)
+        tile_ends = gl.associative_scan(gl.cdiv(lengths, POSITIONS) * call.heads, 0, _add)
+        total = gl.max(tile_ends, 0)
+
+    index = gl.program_id(0)
+    tile = 0
+    step = 0
+    while index < total:
+        start_q = 0 * index
+        start_k = 0 * index
+        length_q = call.seqlen_q + start_q
+        length_k = call.seqlen_k + start_k
+        if call.cu_seqlens_q_ptr is not None:
+            passed = tile_ends <= index
+            sequence = gl.sum(passed.to(gl.int32), 0)
+            within = index - gl.max(gl.where(passed, tile_ends, 0), 0)
+            start_q = gl.load(call.cu_seqlens_q_ptr + sequence)
+            length_q = gl.load(call.cu_seqlens_q_ptr + sequence + 1) - start_q
+            start_k = gl.load(call.cu_seqlens_k_ptr + sequence)
+            length_k = gl.load(call.cu_seqlens_k_ptr + sequence + 1) - start_k
+            head = within % call.heads
+            block_m = within // call.heads
+            blocks_m = gl.cdiv(length_q, POSITIONS)
+        else:
+            # Sections of heads whose keys and values fit in L2 together; inside, one block of every head in turn.
+            first_head = index // (call.section * blocks_m) * call.section
+            heads_here = gl.minimum(call.section, call.batch * call.heads - first_head)
+            within = index - first_head * blocks_m
+            block_m = within // heads_here
+            sequence = (first_head + within % heads_here) // call.heads
+            head = (first_head + within % heads_here) % call.heads
+        if call.kv_lens_ptr is not None:
+            length_k = gl.minimum(gl.maximum(gl.load(call.kv_lens_ptr + sequence), 0), call.seqlen_k)
+        if call.right_reach is not None:
+            block_m = blocks_m - 1 - block_m  # the longest rows first
+        first = block_m * POSITIONS
+        last = gl.minimum(first + POSITIONS, length_q) - 1
+        low, full_low, full_high, high = key_blocks(
+            first, last, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_N
+        )
+        schedule(call.records, tile, high, low, first, head, sequence, start_q, length_q, length_k)
+        following = gl.num_programs(0) + gl.atomic_add(call.counter_ptr, 1)
+
+        plane = sequence
+        if call.cu_seqlens_q_ptr is not None:
+            plane = 0
+        for block in range(high - low):
+            row = start_k + (high - 1 - block) * call.BLOCK_N
+            call.keys.copy(step, call.k_desc, [plane, head // call.group, row, 0])
+            if block == 0:
+                for warpgroup in gl.static_range(WARPGROUPS):
+                    position = start_q + first + warpgroup * (ROWS // call.PACK)
+                    call.queries.copy(tile * WARPGROUPS + warpgroup, call.q_desc, [plane, head, position, 0, 0])
+            call.values.copy(step, call.v_desc, [plane, head // call.group, row, 0])
+            step += 1
+        tile += 1
+        index = following
+    schedule(call.records, tile, 0, 0, 0, 0, 0, 0, 0, 0)
+    # The last program to run dry leaves the counters as the next launch needs them.
+    if gl.atomic_add(call.counter_ptr + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(call.counter_ptr, 0)
+        gl.store(call.counter_ptr + 1, 0)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def schedule(records, tile, high, low, first, head, sequence, start_q, length_q, length_k):
+    """Producer: hand a tile's record to the consumers. ``high`` 0 says that there are no more tiles."""
+    field = gl.arange(0, RECORD, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    fields = (high, low, first, head, sequence, start_q, length_q, length_k)
+    record = field * 0
+    for i in gl.static_range(len(fields)):
+        record = gl.where(field == i, fields[i], record)
+    records.acquire(tile)
+    records.tile(tile).store(record)
+    records.publish(tile)
+
+
+@gluon.jit
+def read_record(records, tile):
+    """Consumer: the integers of a tile's record, in the order of `schedule`.
+
+    The record stays in shared memory until it is released: read anew, nothing of it takes registers in the loops.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    fields = records.tile(tile)
+    high = gl.max(fields.slice(0, 1).load(layout), 0)
+    low = gl.max(fields.slice(1, 1).load(layout), 0)
+    first = gl.max(fields.slice(2, 1).load(layout), 0)
+    head = gl.max(fields.slice(3, 1).load(layout), 0)
+    sequence = gl.max(fields.slice(4, 1).load(layout), 0)
+    start_q = gl.max(fields.slice(5, 1).load(layout), 0)
+    length_q = gl.max(fields.slice(6, 1).load(layout), 0)
+    length_k = gl.max(fields.slice(7, 1).load(layout), 0)
+    return high, low, first, head, sequence, start_q, length_q, length_k
+
+
+@gluon.jit
+def skip_blocks(call, step, count, WARPGROUP: gl.constexpr):
+    """Consumer: let blocks pass that other warpgroups' rows see and this one's do not."""
+    for _ in range(count):
+        call.keys.wait(step)
+        if call.TAKE_TURNS:
+            await_turn(call.turns, WARPGROUP, step)
+            pass_turn(call.turns, WARPGROUP, call.BLOCK_M // ROWS)
+        call.keys.release(step)
+        call.values.wait(step)
+        call.values.release(step)
+        step += 1
+    return step
+
+
+@gluon.jit
+def biased_scores(s, distance, scale, softcap, slope):
+    """Scores in units of log2 from raw products: scale, softcap, ALiBi."""
+    s = s * scale
+    if softcap is not None:
+        s = softcap * (1.0 - 2.0 / (1.0 + gl.exp2(s * (2.0 * LOG2_E / softcap))))  # softcap * tanh(s / softcap)
+    if slope is not None:
+        s -= slope[:, None] * gl.abs(distance).to(gl.float32)
+    return s * LOG2_E
+
+
+@gluon.jit
+def online_softmax(s, row_max, row_sum, factor):
+    """One step of the online softmax: weights, the old state's decay, and the new state (maximum in log2 units)."""
+    new_max = gl.maximum(row_max, gl.max(s, 1) * factor)
+    weights = gl.exp2(s * factor - new_max[:, None])
+    decay = gl.exp2(row_max - new_max)
+    return weights, decay, new_max, row_sum * decay + gl.sum(weights, 1)
+
+
+@gluon.jit
+def await_turn(turns, WARPGROUP: gl.constexpr, step):
+    """Consumer: wait until the warpgroup before this one has its products of the step under way."""
+    mbarrier.wait(turns.index(WARPGROUP), (step & 1) ^ (1 if WARPGROUP == 0 else 0))
+
+
+@gluon.jit
+def pass_turn(turns, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr):
+    """Consumer: let the next warpgroup have the tensor cores while this one turns to its softmax."""
+    mbarrier.arrive(turns.index((WARPGROUP + 1) % WARPGROUPS), count=1)
+
+
+@gluon.jit
+def weigh_keys(
+    s, row_max, row_sum, column, first_key, stop, start, diagonal, edge, scale, softcap, slope,
+    MASKED: gl.constexpr, LEFT: gl.constexpr, RAW: gl.constexpr,
+):  # fmt: skip
+    """From raw products of a tile to softmax weights. ``start``, ``stop``: the keys each row sees, where MASKED."""
+    factor = scale * LOG2_E
+    if not RAW:
+        factor = 1.0
+        s = biased_scores(s, (diagonal - first_key)[:, None] - column[None, :], scale, softcap, slope)
+    if MASKED:
+        if edge:
+            visible = column[None, :] < (stop - first_key)[:, None]
+            if LEFT:
+                visible = visible & (column[None, :] >= (start - first_key)[:, None])
+            s = gl.where(visible, s, float("-inf"))
+    return online_softmax(s, row_max, row_sum, factor)
+
+
+@gluon.jit
+def attend_queries(WARPGROUP: gl.constexpr, call):
+    """Consumer: softmax and both products of 64 query rows, tile after tile."""
+    WARPGROUPS: gl.constexpr = call.BLOCK_M // ROWS
+    BLOCK_DV: gl.constexpr = call.v_desc.block_type.shape[3]
+    VARLEN: gl.constexpr = call.cu_seqlens_q_ptr is not None
+    UNCLEAN: gl.constexpr = VARLEN or call.kv_lens_ptr is not None
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+    dtype: gl.constexpr = call.keys.tiles.dtype
+    RAW: gl.constexpr = call.softcap is None and call.alibi_ptr is None
+    LEFT: gl.constexpr = call.window_left is not None
+    BAND: gl.constexpr = call.window_left is not None or call.right_reach is not None
+    MASKED: gl.constexpr = call.RAGGED or call.window_left is not None or call.right_reach is not None
+
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
+    column = gl.arange(0, call.BLOCK_N, layout=gl.SliceLayout(0, s_layout))
+    zeros = gl.zeros([ROWS, call.BLOCK_N], gl.float32, layout=s_layout)
+    out_tile = call.out_tiles.index(WARPGROUP)
+
+    tile = 0
+    step = 0
+    call.records.wait(tile)
+    high, low, first, head, sequence, start_q, length_q, length_k = read_record(call.records, tile)
+    while high > 0:
+        first += WARPGROUP * (ROWS // call.PACK)
+        position = first + row // call.PACK
+        q_head = head * call.PACK + row % call.PACK
+        diagonal = position + (length_k - length_q)
+        my_low, full_low, full_high, my_high = key_blocks(
+            first, gl.minimum(first + ROWS // call.PACK, length_q) - 1, length_q, length_k, call.window_left,
+            call.right_reach, call.BLOCK_N,
+        )  # fmt: skip
+        my_high = gl.minimum(my_high, high)
+        if LEFT:
+            my_low = gl.minimum(my_low, my_high - 1)
+        stop = length_k + 0 * position
+        if call.right_reach is not None:
+            stop = gl.minimum(stop, diagonal + call.right_reach)
+        start = diagonal
+        if call.window_left is not None:
+            start = diagonal - call.window_left
+        slope = None
+        if call.alibi_ptr is not None:
+            slope = gl.load(call.alibi_ptr + sequence * (call.heads * call.PACK) + q_head)
+
+        row_max = gl.full([ROWS], LOWEST, gl.float32, layout=gl.SliceLayout(1, s_layout))
+        row_sum = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, s_layout))
+        acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, layout=o_layout)
+
+        if UNCLEAN:
+            if WARPGROUP == 0:
+                clear_rows(call.values, step, length_k - (high - 1) * call.BLOCK_N)
+                mbarrier.arrive(call.clean, count=1)
+            mbarrier.wait(call.clean, tile & 1)
+        step = skip_blocks(call, step, high - my_high, WARPGROUP)
+
+        # The first tile's scores have no product of weights and values to overlap with.
+        call.queries.wait(tile * WARPGROUPS + WARPGROUP)
+        q = matrix(call.queries.tile(tile * WARPGROUPS + WARPGROUP))
+        call.keys.wait(step)
+        if call.TAKE_TURNS:
+            await_turn(call.turns, WARPGROUP, step)
+        s = warpgroup_mma(q, matrix(call.keys.tile(step)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        if call.TAKE_TURNS:
+            pass_turn(call.turns, WARPGROUP, WARPGROUPS)
+        call.keys.release(step)
+        rest = my_high - 1
+        weights, decay, row_max, row_sum = weigh_keys(
+            s, row_max, row_sum, column, rest * call.BLOCK_N, stop, start, diagonal, high > 0,
+            call.scale, call.softcap, slope, MASKED, LEFT, RAW,
+        )  # fmt: skip
+        p = gl.convert_layout(weights.to(dtype), p_layout)
+        step += 1
+        while rest > my_low:
+            rest -= 1
+            call.keys.wait(step)
+            if call.TAKE_TURNS:
+                await_turn(call.turns, WARPGROUP, step)
+            s = warpgroup_mma(q, matrix(call.keys.tile(step)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            call.values.wait(step - 1)
+            acc = warpgroup_mma(p, matrix(call.values.tile(step - 1)), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            if call.TAKE_TURNS:
+                pass_turn(call.turns, WARPGROUP, WARPGROUPS)
+            call.keys.release(step)
+            edge = rest >= full_high
+            if LEFT:
+                edge = edge | (rest < full_low)
+            weights, decay, row_max, row_sum = weigh_keys(
+                s, row_max, row_sum, column, rest * call.BLOCK_N, stop, start, diagonal, edge,
+                call.scale, call.softcap, slope, BAND, LEFT, RAW,
+            )  # fmt: skip
+            p = gl.convert_layout(weights.to(dtype), p_layout)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            call.values.release(step - 1)
+            acc = acc * gl.convert_layout(decay, row_o)[:, None]
+            step += 1
+        if not call.SHARE_Q:
+            call.queries.release(tile * WARPGROUPS + WARPGROUP)
+        call.values.wait(step - 1)
+        acc = warpgroup_mma(p, matrix(call.values.tile(step - 1)), acc, is_async=True)
+
+        high, low, first, head, sequence, start_q, length_q, length_k = read_record(call.records, tile)
+        call.records.release(tile)
+        first += WARPGROUP * (ROWS // call.PACK)
+        position = first + row // call.PACK
+        q_head = head * call.PACK + row % call.PACK
+        if call.sinks_ptr is not None:
+            # A sink is a key without a value (Xiao et al. 2023, "attention sinks").
+            sink = gl.load(call.sinks_ptr + q_head).to(gl.float32) * LOG2_E
+            with_sink = gl.maximum(row_max, sink)
+            decay = gl.exp2(row_max - with_sink)
+            row_sum = row_sum * decay + gl.exp2(sink - with_sink)
+            row_max = with_sink
+        nothing_visible = row_sum == 0.0
+        inverse = 1.0 / gl.where(nothing_visible, 1.0, row_sum)
+        lse = gl.where(nothing_visible, float("-inf"), (row_max + gl.log2(row_sum)) * LN_2)
+        if call.sinks_ptr is not None:
+            inverse = inverse * decay
+        exists = position < length_q
+        lse_row = (sequence * (call.heads * call.PACK) + q_head).to(gl.int64) * call.seqlen_q + position
+        if VARLEN:
+            lse_row = q_head.to(gl.int64) * call.total_q + start_q + position
+        gl.store(call.lse_ptr + lse_row, lse, mask=exists)
+
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        call.values.release(step - 1)
+        out = (acc * gl.convert_layout(inverse, row_o)[:, None]).to(dtype)
+        if VARLEN:
+            # TMA would write past the end of the sequence, into the next one.
+            out_row = gl.arange(0, ROWS, layout=row_o)
+            dim = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, o_layout))
+            place = (
+                (start_q + first + out_row // call.PACK).to(gl.int64) * (call.heads * call.PACK)
+                + head * call.PACK
+                + out_row % call.PACK
+            )
+            inside = (first + out_row // call.PACK < length_q)[:, None] & (dim < call.HEAD_DIM_V)[None, :]
+            gl.store(call.out_ptr + place[:, None] * call.HEAD_DIM_V + dim[None, :], out, mask=inside)
+            if call.SHARE_Q:
+                call.queries.release(tile * WARPGROUPS + WARPGROUP)
+        else:
+            tma.store_wait(0)
+            matrix(out_tile).store(out)
+            fence_async_shared()
+            copy_out(call.out_desc, [sequence, head, first, 0, 0], out_tile)
+            if call.SHARE_Q:
+                tma.store_wait(0)
+                call.queries.release(tile * WARPGROUPS + WARPGROUP)
+        if LEFT:
+            step = skip_blocks(call, step, my_low - low, WARPGROUP)
+        tile += 1
+        call.records.wait(tile)
+        high, low, first, head, sequence, start_q, length_q, length_k = read_record(call.records, tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def clear_rows(values, step, valid):
+    """Zero a value tile's rows past the sequence: their weights are 0, but 0 times what lies there may be NaN."""
+    CHUNK: gl.constexpr = 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = matrix(values.tile(step))
+    values.wait(step)
+    for chunk in gl.static_range(rows.shape[0] // CHUNK):
+        if valid < (chunk + 1) * CHUNK:
+            some = rows.slice(chunk * CHUNK, CHUNK, dim=0)
+            row = chunk * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
+            kept = some.load(layout)
+            some.store(gl.where((row < valid)[:, None], kept, gl.zeros_like(kept)))
+    fence_async_shared()
+
+
+@gluon.jit
+def attention_forward(
+    q_desc,  # (B, Hq / PACK, Sq, PACK, D), packed sequences (1, Hq / PACK, total_q, PACK, D)
+    k_desc,  # (B, Hk, Sk, D), packed (1, Hk, total_k, D)
+    v_desc,  # as k, with Dv
+    out_desc,  # as q, with Dv
+    out_ptr,  # the same tensor, contiguous, for packed sequences
+    lse_ptr,  # (B, Hq, Sq), or (Hq, total_q); fp32
+    counter_ptr,  # two zeros, and zeros again after the launch
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    kv_lens_ptr,
+    alibi_ptr,  # (B, Hq) fp32
+    sinks_ptr,  # (Hq,)
+    batch,
+    heads,  # Hq / PACK
+    group,  # of these, per key/value head
+    seqlen_q,
+    seqlen_k,
+    total_q,
+    section,  # heads whose keys and values share L2
+    scale,
+    softcap,
+    window_left,
+    right_reach,
+    HEAD_DIM_V: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    PACK: gl.constexpr,  # query heads of one key/value head that share a tile
+    SEQUENCES: gl.constexpr,  # packed sequences, up to a power of two
+    RAGGED: gl.constexpr,  # the last key block may be cut
+    SHARE_Q: gl.constexpr,  # the output leaves through the queries' shared memory
+    TAKE_TURNS: gl.constexpr,  # the warpgroups start their products one after the other
+):
+    WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
+    queries = make_ring(stages_for(q_desc, WARPGROUPS), WARPGROUPS, 1)
+    keys = make_ring(stages_for(k_desc, STAGES), STAGES, WARPGROUPS)
+    values = make_ring(stages_for(v_desc, STAGES), STAGES, WARPGROUPS)
+    record_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    records = make_ring(gl.allocate_shared_memory(gl.int32, [2, RECORD], record_layout), 2, WARPGROUPS)
+    clean = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(clean, count=1)
+    turns = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
+    for warpgroup in gl.static_range(WARPGROUPS):
+        mbarrier.init(turns.index(warpgroup), count=1)
+    out_tiles = queries.tiles if SHARE_Q else stages_for(out_desc, WARPGROUPS)
+    fence_async_shared()
+    call = Call(
+        q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, counter_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+        kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, section, scale, softcap,
+        window_left, right_reach, queries, keys, values, records, out_tiles, clean, turns,
+        HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, SEQUENCES, RAGGED, SHARE_Q, TAKE_TURNS,
+    )  # fmt: skip
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [(attend_queries, (0, call)), (attend_queries, (1, call)), (load_tiles, (call,))], [4, 1], [240, 24]
+        )
+    else:
+        gl.warp_specialize(
+            [(attend_queries, (0, call)), (attend_queries, (1, call)), (attend_queries, (2, call)),
+             (load_tiles, (call,))],
+            [4, 4, 1], [160, 160, 24],
+        )  # fmt: skip

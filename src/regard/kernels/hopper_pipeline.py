@@ -1,0 +1,105 @@
+"""What the Hopper kernels stand on: TMA copies and rings of shared-memory tiles, alike on Triton 3.6 to 3.9.
+
+A `Ring` hands tiles from one producer to its consumers. Each of its stages has a barrier that says "full" and one that
+says "empty"; a barrier's phase flips each time the stage comes round, so that the number of a step is all the state
+that either side keeps.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+if hasattr(tma, "async_atomic_add"):  # Triton 3.9 renamed the copies and added the reduction
+    aggregate = gluon.aggregate
+    copy_in, copy_out, reduce_out = tma.async_load, tma.async_store, tma.async_atomic_add
+else:
+    from triton._C.libtriton import ir
+    from triton.experimental.gluon.language._core import builtin
+    from triton.language.core import _aggregate as aggregate
+
+    copy_in, copy_out = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+
+    @builtin
+    def reduce_out(tensor_desc, coord, src, _semantic=None):
+        """Add a tile of shared memory into global memory (cp.reduce.async.bulk.tensor)."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+def record(cls):
+    """A device-side record of the class's annotated fields, made from their values in order."""
+    names = tuple(cls.__annotations__)
+
+    def __init__(self, *values):
+        for name, field in zip(names, values, strict=True):
+            setattr(self, name, field if isinstance(field, gl.base_value) else gl.constexpr(field))
+
+    cls.__init__ = gluon.constexpr_function(__init__)
+    return aggregate(cls)
+
+
+@record
+class Ring:
+    """Stages of shared memory between a producer and its consumers."""
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+
+    @gluon.jit
+    def tile(self, step):
+        """The stage that serves a step."""
+        return self.tiles.index(step % self.STAGES)
+
+    @gluon.jit
+    def acquire(self, step):
+        """Producer: wait until the consumers are done with the stage's last tile."""
+        mbarrier.wait(self.empty.index(step % self.STAGES), ((step // self.STAGES) & 1) ^ 1)
+
+    @gluon.jit
+    def copy(self, step, desc, coordinates):
+        """Producer: have TMA fill the stage, once it is free."""
+        self.acquire(step)
+        full = self.full.index(step % self.STAGES)
+        mbarrier.expect(full, desc.block_type.nbytes)
+        copy_in(desc, coordinates, full, self.tile(step))
+
+    @gluon.jit
+    def publish(self, step):
+        """Producer: say that the stage is full, where it was written by plain stores."""
+        mbarrier.arrive(self.full.index(step % self.STAGES))
+
+    @gluon.jit
+    def wait(self, step):
+        """Consumer: wait for the step's tile."""
+        mbarrier.wait(self.full.index(step % self.STAGES), (step // self.STAGES) & 1)
+
+    @gluon.jit
+    def release(self, step):
+        """Consumer: give the stage back."""
+        mbarrier.arrive(self.empty.index(step % self.STAGES))
+
+
+@gluon.jit
+def make_ring(tiles, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """A ring of tiles (STAGES, ...) that go back to the producer once CONSUMERS warpgroups have released them."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    return Ring(tiles, full, empty, STAGES)
+
+
+@gluon.jit
+def stages_for(desc, STAGES: gl.constexpr):
+    """Shared memory for STAGES tiles of a descriptor."""
+    return gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
+
+
+@gluon.jit
+def matrix(tile):
+    """A tile as (rows, columns): TMA's boxes have leading dimensions of one, and packed heads among the rows."""
+    COLUMNS: gl.constexpr = tile.shape[tile.rank - 1]
+    return tile.reshape([tile.numel // COLUMNS, COLUMNS])
