@@ -60,7 +60,29 @@ def _forward(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Map
     return launch.kernel, launch.arguments, launch.options
 
 
-KERNELS = {"forward": Kernel(tuning.FORWARD, _forward)}
+def _backward(index: int, fused: bool = False) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[str, int]]]:
+    """Launch ``index`` of the backward."""
+
+    def launch(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
+        grad_out = inputs.q.new_empty((*inputs.q.shape[:-1], config.head_dim_v))
+        lse = inputs.q.new_empty(config.batch, config.heads_q, config.seqlen_q, dtype=torch.float32)
+        tile = flash.fused_tile(config, inputs, grad_out) if fused else None
+        gradients = inputs._replace(q=inputs.q.float()) if fused else inputs
+        launches = flash.backward_launches(config, inputs, grad_out, lse, lse, gradients, tile)
+        if inputs.bias is not None:
+            launches.append(flash.bias_launch(config, inputs, grad_out, lse, lse)[0])
+        return launches[index].kernel, launches[index].arguments, launches[index].options
+
+    return launch
+
+
+KERNELS = {
+    "forward": Kernel(tuning.FORWARD, _forward),
+    "backward-keys": Kernel(tuning.BACKWARD_KEYS, _backward(0)),
+    "backward-queries": Kernel(tuning.BACKWARD_QUERIES, _backward(1)),
+    "backward-bias": Kernel({}, _backward(2)),
+    "backward-fused": Kernel(tuning.BACKWARD_FUSED, _backward(0, fused=True)),
+}
 
 
 # --- Cases: every tile of a table, plain and causal; each feature; the awkward head dims; everything at once.
@@ -108,6 +130,10 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
         if entry_arch != arch:
             continue
         dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+        if kernel != "forward":
+            if itemsize == 2 or (head_dim == 128 and arch in FEATURE_ARCHITECTURES):
+                add(f"d{head_dim} causal", dtype, head_dim=head_dim, causal=True)
+            continue
         if itemsize == 2:
             add(f"d{head_dim} plain", dtype, head_dim=head_dim)
         add(f"d{head_dim} causal", dtype, head_dim=head_dim, causal=True)
@@ -121,6 +147,11 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             add(f"d{head_dim - 8}-mqa unaligned", torch.bfloat16, head_dim=head_dim - 8, heads_kv=1)
         if itemsize == 2 and (head_dim == 128 or arch in FEATURE_ARCHITECTURES):
             add(f"d{head_dim} everything", torch.bfloat16, head_dim=head_dim, **EVERYTHING)
+    if kernel != "forward":
+        # its features are the forward's own device functions: all at once is enough
+        if kernel != "backward-fused" and arch in FEATURE_ARCHITECTURES:
+            add("d128 everything", torch.bfloat16, head_dim=128, **EVERYTHING)
+        return made
     add("d64 everything", torch.float32, head_dim=64, **EVERYTHING)
     if arch in FEATURE_ARCHITECTURES:
         for name, options in FEATURES.items():
@@ -178,7 +209,7 @@ def faults(config: AttentionConfig, seen: Mapping[str, Any], recorded: Mapping[s
         found.append(f"shared memory is {seen['shared']} bytes; {arch} has {limit} for a workgroup")
     kinds = MATRIX_INSTRUCTIONS[arch]
     if arch == "sm90" and int(seen["tile"].split("x")[0]) < 64:
-        kinds = {"mma"}  # wgmma multiplies 64 rows at a time
+        kinds = {"mma", "wgmma"}  # wgmma multiplies 64 rows at a time, which of a backward tile may be the keys
     if config.dtype.itemsize == 2 and not kinds & set(seen["matrix"].split("+")):
         found.append(f"no matrix instruction: found {seen['matrix'] or 'none'}, expected {' or '.join(sorted(kinds))}")
     if config.dtype == torch.float32 and arch.startswith("sm") and seen["matrix"]:

@@ -8,39 +8,48 @@ from regard.kernels import tuning
 
 TRITON_VERSIONS = [(3, minor) for minor in range(6, 10)]
 ENTRIES = list(itertools.product(tuning.ARCHITECTURES, (2, 4), tuning.HEAD_DIMS))
-RULES = [(entry, rule) for entry, rules in tuning.FORWARD.items() for rule in rules]
+COMPLETE = {"forward": tuning.FORWARD, "keys": tuning.BACKWARD_KEYS, "queries": tuning.BACKWARD_QUERIES}
+TABLES = {**COMPLETE, "fused": tuning.BACKWARD_FUSED}
+RULES = [(name, entry, rule) for name, table in TABLES.items() for entry, rules in table.items() for rule in rules]
 
 
 def power_of_two(value):
     return value & (value - 1) == 0
 
 
+@pytest.mark.parametrize("table", COMPLETE)
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
-def test_every_call_has_a_tile(entry):
+def test_every_call_has_a_tile(table, entry):
     flags = (False, True)
     for call in itertools.product(flags, (0, 1, 512, 2**20), [*TRITON_VERSIONS, (4, 0)], flags):
-        assert isinstance(tuning.select_tile(tuning.FORWARD, *entry, *call), tuning.Tile)
+        assert isinstance(tuning.select_tile(COMPLETE[table], *entry, *call), tuning.Tile)
 
 
-def test_the_table_has_no_entry_that_nothing_asks_for():
-    assert set(tuning.FORWARD) == set(ENTRIES)
+@pytest.mark.parametrize("table", TABLES)
+def test_the_table_has_no_entry_that_nothing_asks_for(table):
+    assert set(TABLES[table]) <= set(ENTRIES)
 
 
-@pytest.mark.parametrize(("entry", "rule"), RULES, ids=str)
-def test_every_rule_is_the_first_that_applies_somewhere(entry, rule):
-    rules = tuning.FORWARD[entry]
+@pytest.mark.parametrize(("table", "entry", "rule"), RULES, ids=str)
+def test_every_rule_is_the_first_that_applies_somewhere(table, entry, rule):
+    rules = TABLES[table][entry]
     calls = itertools.product((False, True), {512, rule.min_seqlen_k}, TRITON_VERSIONS, (False, True))
-    assert any(next(r for r in rules if r.applies(*call)) is rule for call in calls)
+    assert any(next((r for r in rules if r.applies(*call)), None) is rule for call in calls)
 
 
-@pytest.mark.parametrize(("entry", "rule"), RULES, ids=str)
-def test_tiles_are_what_a_kernel_can_be_launched_with(entry, rule):
+@pytest.mark.parametrize(("table", "entry", "rule"), RULES, ids=str)
+def test_tiles_are_what_a_kernel_can_be_launched_with(table, entry, rule):
     tile = rule.tile
     assert all(map(power_of_two, (tile.block_m, tile.block_n, tile.num_warps)))
     assert tile.block_m >= 16 and tile.block_n >= 16, "a matrix instruction's smallest extent"
     assert tile.block_m <= 256 and tile.block_n <= 256, "the launcher's bound on 32-bit offsets inside a tile"
     assert 1 <= tile.num_warps <= 16
     assert 0 <= tile.num_stages <= 5
+
+
+def test_a_call_without_a_fused_entry_takes_two_passes():
+    assert tuning.select_tile(tuning.BACKWARD_FUSED, "gfx1100", 2, 64, True, 512, (3, 6)) is None
+    assert tuning.select_tile(tuning.BACKWARD_FUSED, "sm90", 2, 64, True, 512, (3, 6), aligned=False) is None
 
 
 @pytest.mark.parametrize(

@@ -381,12 +381,12 @@ def gather_keys(
         bias_tile = None
         if bias_base is not None:
             bias_tile = bias_base + first_row * bias_strides[3]
-        _, _, grad_products = softmax_gradient(
+        grad_products = softmax_gradient(
             qk, grad_weights, row_lse, delta, query, query_exists, first_key, shift, seqlen_k, head,
             mask_tile, bias_tile, mask_strides, bias_strides, slope, seed,
             softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
             BLOCK_M, BLOCK_N, MASKED, False, RAW, WIDE,
-        )  # fmt: skip
+        )[2]  # fmt: skip
         dq = tl.dot(grad_products.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 

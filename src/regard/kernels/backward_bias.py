@@ -83,7 +83,7 @@ def backward_bias(
         head = own_head + step // summed_blocks % summed_heads
         sequence = own_sequence + step // summed_blocks // summed_heads
         first_query = (block_m + step % summed_blocks) * BLOCK_M
-        _, length_k = sequence_bounds(None, kv_lens_ptr, sequence, seqlen_k, 0)
+        length_k = sequence_bounds(None, kv_lens_ptr, sequence, seqlen_k, 0)[1]
         shift = length_k - seqlen_q
         seen = first_key < length_k
         if window_right is not None:
@@ -120,13 +120,12 @@ def backward_bias(
             slope = None
             if alibi_ptr is not None:
                 slope = tl.load(alibi_ptr + sequence * alibi_strides[0] + head * alibi_strides[1])
-            _, grad_scores, _ = softmax_gradient(
+            dbias += softmax_gradient(
                 qk, grad_weights, row_lse, delta, query, query_exists, first_key, shift, length_k,
                 sequence * heads_q + head, mask_tile, bias_tile, mask_strides, bias_strides, slope, seed,
                 softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
                 BLOCK_M, BLOCK_N, True, False, RAW, WIDE,
-            )  # fmt: skip
-            dbias += grad_scores
+            )[1]  # fmt: skip
 
     # dbias tile, of one row where all rows share it
     dbias_base = dbias_ptr + own_sequence.to(tl.int64) * dbias_strides[0] + own_head.to(tl.int64) * dbias_strides[1]

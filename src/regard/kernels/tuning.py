@@ -115,13 +115,20 @@ _FLOAT32 = {64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 32, 4, 1)}
 _FLOAT32_RDNA = {64: (32, 16, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)}
 _FLOAT32_CDNA = {64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)}  # these have float32 MFMA
 _FLOAT32_TILES = {"sm": _FLOAT32, "gfx9": _FLOAT32_CDNA, "gfx1": _FLOAT32_RDNA}
-FORWARD.update(
-    ((arch, 4, head_dim), _rules(*tile))
-    for arch in ARCHITECTURES
-    for family, tiles in _FLOAT32_TILES.items()
-    if arch.startswith(family)
-    for head_dim, tile in tiles.items()
-)
+
+
+def _float32_rules(tiles_of: dict[str, dict[int, tuple[int, int, int, int]]]) -> TileTable:
+    """Entries for 4-byte elements from tiles by family of architectures and head dim."""
+    return {
+        (arch, 4, head_dim): _rules(*tile)
+        for arch in ARCHITECTURES
+        for family, tiles in tiles_of.items()
+        if arch.startswith(family)
+        for head_dim, tile in tiles.items()
+    }
+
+
+FORWARD.update(_float32_rules(_FLOAT32_TILES))
 
 # The passes of the backward. KEYS: dK and dV, whose accumulators are as long as the tile has keys; QUERIES: dQ.
 # Rows through registers: as in the forward, with few enough rows of either kind.
@@ -129,8 +136,8 @@ _UNALIGNED = Rule(Tile(32, 32, 4, 2), aligned=False)
 BACKWARD_KEYS: TileTable = {
     ("sm80", 2, 64): _rules(64, 128, 8, 2),
     ("sm80", 2, 128): _rules(64, 64, 8, 2),
-    ("sm80", 2, 256): _rules(32, 64, 8, 1),
-    ("sm89", 2, 64): _rules(64, 64, 8, 2),
+    ("sm80", 2, 256): _rules(32, 64, 8, 2),
+    ("sm89", 2, 64): _rules(32, 128, 8, 2),
     ("sm89", 2, 128): _rules(32, 64, 8, 2),
     ("sm89", 2, 256): _rules(32, 32, 8, 1),
     ("sm90", 2, 64): (_UNALIGNED, Rule(Tile(64, 128, 8, 2))),
@@ -139,24 +146,24 @@ BACKWARD_KEYS: TileTable = {
     ("sm100", 2, 64): _rules(64, 128, 8, 2),
     ("sm100", 2, 128): _rules(64, 128, 8, 2),
     ("sm100", 2, 256): _rules(32, 64, 8, 2),
-    ("sm120", 2, 64): _rules(64, 64, 8, 2),
+    ("sm120", 2, 64): _rules(32, 128, 8, 2),
     ("sm120", 2, 128): _rules(32, 64, 8, 2),
     ("sm120", 2, 256): _rules(32, 32, 8, 1),
     ("gfx90a", 2, 64): _rules(64, 64, 4, 1),
     ("gfx90a", 2, 128): _rules(32, 64, 4, 1),
-    ("gfx90a", 2, 256): _rules(32, 64, 8, 1),
+    ("gfx90a", 2, 256): _rules(16, 64, 8, 1),
     ("gfx942", 2, 64): _rules(64, 64, 4, 1),
     ("gfx942", 2, 128): _rules(32, 64, 4, 1),
-    ("gfx942", 2, 256): _rules(32, 64, 8, 1),
+    ("gfx942", 2, 256): _rules(16, 64, 8, 1),
     ("gfx950", 2, 64): _rules(64, 64, 4, 1),
     ("gfx950", 2, 128): _rules(32, 64, 4, 1),
-    ("gfx950", 2, 256): _rules(32, 64, 8, 1),
-    ("gfx1100", 2, 64): _rules(32, 64, 8, 1),
-    ("gfx1100", 2, 128): _rules(16, 64, 8, 1),
-    ("gfx1100", 2, 256): _rules(16, 16, 4, 1),
+    ("gfx950", 2, 256): _rules(16, 64, 8, 1),
+    ("gfx1100", 2, 64): _rules(16, 64, 8, 1),
+    ("gfx1100", 2, 128): _rules(16, 32, 8, 1),
+    ("gfx1100", 2, 256): _rules(16, 64, 16, 1),
     ("gfx1201", 2, 64): _rules(32, 64, 8, 1),
-    ("gfx1201", 2, 128): _rules(32, 64, 8, 1),
-    ("gfx1201", 2, 256): _rules(16, 32, 8, 1),
+    ("gfx1201", 2, 128): _rules(16, 64, 8, 1),
+    ("gfx1201", 2, 256): _rules(16, 64, 16, 1),
 }
 BACKWARD_QUERIES: TileTable = {
     ("sm80", 2, 64): _rules(128, 64, 8, 2),
@@ -176,53 +183,32 @@ BACKWARD_QUERIES: TileTable = {
     ("sm120", 2, 256): _rules(32, 32, 8, 1),
     ("gfx90a", 2, 64): _rules(128, 64, 8, 1),
     ("gfx90a", 2, 128): _rules(64, 32, 4, 1),
-    ("gfx90a", 2, 256): _rules(64, 32, 8, 1),
+    ("gfx90a", 2, 256): _rules(64, 16, 4, 1),
     ("gfx942", 2, 64): _rules(128, 64, 8, 1),
     ("gfx942", 2, 128): _rules(64, 32, 4, 1),
-    ("gfx942", 2, 256): _rules(64, 32, 8, 1),
+    ("gfx942", 2, 256): _rules(64, 16, 4, 1),
     ("gfx950", 2, 64): _rules(128, 64, 8, 1),
     ("gfx950", 2, 128): _rules(64, 32, 4, 1),
-    ("gfx950", 2, 256): _rules(64, 32, 8, 1),
+    ("gfx950", 2, 256): _rules(64, 16, 4, 1),
     ("gfx1100", 2, 64): _rules(64, 32, 8, 1),
-    ("gfx1100", 2, 128): _rules(64, 32, 8, 1),
-    ("gfx1100", 2, 256): _rules(16, 16, 4, 1),
+    ("gfx1100", 2, 128): _rules(32, 16, 4, 1),
+    ("gfx1100", 2, 256): _rules(64, 16, 16, 1),
     ("gfx1201", 2, 64): _rules(64, 64, 8, 1),
     ("gfx1201", 2, 128): _rules(64, 32, 8, 1),
     ("gfx1201", 2, 256): _rules(32, 16, 8, 1),
 }
-for _table in (BACKWARD_KEYS, BACKWARD_QUERIES):
-    _table.update({entry: _rules(32, 32, 8 if entry[2] == 256 else 4, 1) for entry in FORWARD if entry[1] == 4})
-
-
-class HopperTile(NamedTuple):
-    """A tile of the Gluon kernels: 64 query rows a warpgroup, and one warpgroup more that loads.
-
-    ``share_q``: the output leaves through the queries' shared memory, where there is no room for both.
-    ``max_registers``: what the compiler may use a thread at the start, before the warpgroups trade registers.
-    """
-
-    block_m: int
-    block_n: int
-    num_stages: int
-    share_q: bool = False
-
-    @property
-    def max_registers(self) -> int:
-        return 168 if self.block_m == 128 else 128
-
-
-# padded head dim, the larger of D and Dv -> tile
-HOPPER_FORWARD = {
-    64: HopperTile(192, 128, 2),
-    128: HopperTile(128, 128, 2),
-    256: HopperTile(128, 64, 2, share_q=True),
+# The pass for dK and dV where it adds dQ as well, atomically: only where that was measured to be faster.
+BACKWARD_FUSED: TileTable = {
+    ("sm90", 2, 64): (Rule(Tile(64, 128, 8, 2), aligned=True),),
+    ("sm90", 2, 128): (Rule(Tile(64, 64, 8, 2), aligned=True),),
 }
-
-
-def hopper_forward_tile(head_dim: int, head_dim_v: int) -> HopperTile:
-    """Tile of the Hopper forward."""
-    tile = HOPPER_FORWARD[table_head_dim(max(head_dim, head_dim_v))]
-    return tile._replace(share_q=tile.share_q and padded_head_dim(head_dim) == padded_head_dim(head_dim_v))
+_BACKWARD_FLOAT32 = {
+    "sm": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "gfx9": {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    "gfx1": {64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+}
+for _table in (BACKWARD_KEYS, BACKWARD_QUERIES):
+    _table.update(_float32_rules(_BACKWARD_FLOAT32))
 
 
 def table_architecture(arch: str) -> str | None:
@@ -245,11 +231,11 @@ def select_tile(
     seqlen_k: int,
     triton_version: tuple[int, int],
     aligned: bool = True,
-) -> Tile:
-    """A kernel's tile.
+) -> Tile | None:
+    """A kernel's tile, or None where no rule applies.
 
     Args:
-        table: of the kernel: `FORWARD`, `BACKWARD_KEYS` or `BACKWARD_QUERIES`.
+        table: of the kernel. Only `BACKWARD_FUSED` has no rule for some calls.
         arch: an architecture with entries, see `table_architecture`.
         itemsize: bytes per element of q, k and v.
         head_dim: the larger of D and Dv, 1 to 256.
@@ -258,8 +244,8 @@ def select_tile(
         triton_version: (major, minor).
         aligned: whether Triton can tell that rows start at multiples of 16 bytes.
     """
-    rules = table[arch, itemsize, table_head_dim(head_dim)]
-    return next(rule.tile for rule in rules if rule.applies(causal, seqlen_k, triton_version, aligned))
+    rules = table.get((arch, itemsize, table_head_dim(head_dim)), ())
+    return next((rule.tile for rule in rules if rule.applies(causal, seqlen_k, triton_version, aligned)), None)
 
 
 def padded_head_dim(head_dim: int) -> int:
