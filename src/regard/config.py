@@ -17,6 +17,7 @@ from torch import Tensor
 
 from regard import lengths
 from regard.errors import ConfigError
+from regard.tracing import is_transformed, requires_grad
 
 LAYOUTS = ("bshd", "bhsd")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -85,6 +86,7 @@ class AttentionConfig:
         return_lse: whether the caller wants the log-sum-exp.
         requires_grad: whether a gradient will be asked for.
         deterministic: whether that gradient must be bitwise repeatable.
+        transformed: whether torch.func.grad, jvp or forward-mode differentiation want derivatives.
         q_strides, k_strides, v_strides: in elements; None stands for contiguous.
     """
 
@@ -117,6 +119,7 @@ class AttentionConfig:
     return_lse: bool = False
     requires_grad: bool = False
     deterministic: bool = False
+    transformed: bool = False
     q_strides: tuple[int, ...] | None = None
     k_strides: tuple[int, ...] | None = None
     v_strides: tuple[int, ...] | None = None
@@ -232,6 +235,7 @@ class AttentionConfig:
             return_lse=return_lse,
             requires_grad=_any_requires_grad(q, k, v, bias, sinks) if requires_grad is None else requires_grad,
             deterministic=deterministic,
+            transformed=is_transformed((q, k, v, bias, sinks)),
             q_strides=strides[0],
             k_strides=strides[1],
             v_strides=strides[2],
@@ -343,6 +347,7 @@ class AttentionConfig:
             "lse": self.return_lse,
             "grad": self.requires_grad,
             "deterministic": self.deterministic,
+            "transformed": self.transformed,
         }
         return tuple(name for name, on in named.items() if on)
 
@@ -382,7 +387,7 @@ def _shape4(name: str, tensor: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(t is not None and requires_grad(t) for t in tensors)
 
 
 def _require_tensor(name: str, value: object) -> None:

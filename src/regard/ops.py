@@ -164,6 +164,46 @@ def _attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
     return out, q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))
 
 
+@attention_fwd.register_vmap
+def _attention_fwd_mapped(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """torch.func.vmap: one call on a larger batch where the inputs have a batch dimension, else one call an element."""
+    tensors = len(AttentionInputs._fields)
+    leading = [
+        t if dim is None else t.movedim(dim, 0) for t, dim in zip(arguments[:tensors], in_dims[:tensors], strict=True)
+    ]
+    inputs = AttentionInputs._make(leading)
+    mapped = AttentionInputs._make(dim is not None for dim in in_dims[:tensors])
+    scalars, size = arguments[tensors:], info.batch_size
+    packed_or_paged = inputs.cu_seqlens_q is not None or inputs.block_table is not None
+    if packed_or_paged or inputs.dropout_seed is not None or mapped.sinks:
+        calls = [
+            attention_fwd(*(t[i] if is_mapped else t for t, is_mapped in zip(inputs, mapped, strict=True)), *scalars)
+            for i in range(size)
+        ]
+        results = [torch.stack(each) for each in zip(*calls, strict=True)]
+    else:
+        batch = inputs.q.shape[1 if mapped.q else 0]
+        folded = [
+            _fold_into_batch(t, is_mapped, size, batch, name)
+            for name, t, is_mapped in zip(AttentionInputs._fields, inputs, mapped, strict=True)
+        ]
+        results = [each.unflatten(0, (size, batch)) for each in attention_fwd(*folded, *scalars)]
+    return tuple(results), (0, 0)
+
+
+def _fold_into_batch(tensor: Tensor | None, is_mapped: bool, size: int, batch: int, name: str) -> Tensor | None:
+    """(size, B, ...), or (B, ...) for every element alike, as (size * B, ...); what broadcasts over both stays."""
+    if tensor is None or (not is_mapped and (name == "sinks" or (name == "alibi_slopes" and tensor.ndim == 1))):
+        return tensor
+    if not is_mapped and name in ("mask", "bias") and tensor.shape[0] == 1:
+        return tensor
+    if not is_mapped:
+        tensor = tensor.expand(size, *tensor.shape)
+    if name == "alibi_slopes" and tensor.ndim == 2:
+        tensor = tensor[:, None]
+    return tensor.expand(size, batch, *tensor.shape[2:]).flatten(0, 1)
+
+
 @torch.library.custom_op("regard::attention_bwd", mutates_args=())
 def attention_bwd(
     grad_out: Tensor,
@@ -273,12 +313,12 @@ def _differentiate_twice(
         backend: whose backward it was; the warning names it.
         seeds: gradients of its results, in the order of `DIFFERENTIABLE_INPUTS`.
     """
-    _warn_of_second_derivative(backend)
     points = {name: getattr(inputs, name) for name in DIFFERENTIABLE_INPUTS} | {
         "grad_out": grad_out, "grad_lse": grad_lse
     }  # fmt: skip
-    if config.is_empty:
-        return dict.fromkeys(points)  # constant gradients
+    if config.is_empty or all(seed is None for seed in seeds):
+        return dict.fromkeys(points)  # of an empty call the gradients are constant
+    _warn_of_second_derivative(backend)
     with torch.enable_grad():
         # Aliases, so that what one input owes to another does not count twice.
         points = {

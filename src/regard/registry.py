@@ -225,6 +225,9 @@ class Registry:
             found.append(
                 Reason("kv_layout", f"{config.kv_layout.value} keys and values", f"{layout.value} keys and values")
             )
+        if config.transformed and not backend_is_composed_of_torch_ops(backend):
+            found.append(Reason("transform", "torch.func.grad, jvp or a forward-mode tangent", "autograd's backward",
+                                "reference serves every transform"))  # fmt: skip
         failure = self._quarantined.get((name, _kernel_class(config)))
         if failure is not None:
             found.append(Reason("quarantine", f"an earlier failure: {failure}", "a kernel that compiles and launches"))

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -14,15 +16,36 @@ def is_traced(tensors: Iterable[object]) -> bool:
     """Whether some of these tensors may have no memory or values to look at, or operations on them are recorded.
 
     True while torch.compile traces, under a torch dispatch mode (fake tensors, FLOP counters), inside a torch.func
-    transform, and for tensor subclasses.
+    transform or a level of forward-mode differentiation, and for tensor subclasses.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     ):
         return True
     for tensor in tensors:  # noqa: SIM110 - this runs in every call, and any() takes twice as long
         if tensor is not None and type(tensor) not in _PLAIN:
             return True
     return False
+
+
+def is_transformed(tensors: Iterable[object]) -> bool:
+    """Whether torch.func.grad, jvp or forward-mode differentiation want derivatives that autograd does not ask for.
+
+    Only what is made of torch operations has those.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if any(interpreter.key() in (TransformType.Grad, TransformType.Jvp) for interpreter in stack):
+        return True
+    return forward_ad._current_level >= 0 and any(
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def requires_grad(tensor: Tensor) -> bool:
+    """What the tensor says, or inside torch.func.vmap, what the tensor that is mapped over says."""
+    while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad

@@ -109,6 +109,9 @@ def _device_reasons(config: AttentionConfig) -> list[Reason]:
     if config.softmax_scale <= 0 and (config.device == "cuda" or _is_causal(config)):
         reasons.append(Reason("scale", f"softmax_scale={config.softmax_scale}", "a positive scale",
                               "torch masks before it scales: -inf * 0 is NaN"))  # fmt: skip
+    if config.transformed:
+        reasons.append(Reason("transform", "torch.func.grad, jvp or a forward-mode tangent", "autograd's backward",
+                              "torch's kernels have no second or forward derivative"))  # fmt: skip
     if config.deterministic and config.requires_grad:
         reasons.append(Reason("deterministic", "deterministic=True with a gradient", "deterministic=False",
                               "torch does not promise repeatable gradients"))  # fmt: skip
