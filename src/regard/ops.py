@@ -168,16 +168,16 @@ def _attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
 def _attention_fwd_mapped(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
     """torch.func.vmap: one call on a larger batch where the inputs have a batch dimension, else one call an element."""
     tensors = len(AttentionInputs._fields)
-    leading = [
+    leading: list[Any] = [
         t if dim is None else t.movedim(dim, 0) for t, dim in zip(arguments[:tensors], in_dims[:tensors], strict=True)
     ]
     inputs = AttentionInputs._make(leading)
-    mapped = AttentionInputs._make(dim is not None for dim in in_dims[:tensors])
+    mapped: Any = AttentionInputs._make(dim is not None for dim in in_dims[:tensors])
     scalars, size = arguments[tensors:], info.batch_size
     packed_or_paged = inputs.cu_seqlens_q is not None or inputs.block_table is not None
     if packed_or_paged or inputs.dropout_seed is not None or mapped.sinks:
         calls = [
-            attention_fwd(*(t[i] if is_mapped else t for t, is_mapped in zip(inputs, mapped, strict=True)), *scalars)
+            attention_fwd(*(t[i] if is_mapped else t for t, is_mapped in zip(leading, mapped, strict=True)), *scalars)
             for i in range(size)
         ]
         results = [torch.stack(each) for each in zip(*calls, strict=True)]

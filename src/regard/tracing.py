@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -39,9 +39,10 @@ def is_transformed(tensors: Iterable[object]) -> bool:
     stack = torch._C._functorch.get_interpreter_stack() or ()
     if any(interpreter.key() in (TransformType.Grad, TransformType.Jvp) for interpreter in stack):
         return True
-    return forward_ad._current_level >= 0 and any(
-        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+    if forward_ad._current_level < 0:
+        return False
+    unpack: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_dual
+    return any(isinstance(t, Tensor) and unpack(t)[1] is not None for t in tensors)
 
 
 def requires_grad(tensor: Tensor) -> bool:
