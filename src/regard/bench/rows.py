@@ -39,9 +39,11 @@ def key(row: Mapping[str, Any]) -> Key:
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows to a file, each flushed."""
+    """Append rows to a file, each flushed. A line that an earlier run left unfinished is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
+        file.write("\n" if torn else "")
         for row in rows:
             file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()

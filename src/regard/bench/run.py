@@ -156,7 +156,7 @@ def use_fa3(folder: str | Path) -> None:
 
     place = Path(folder).resolve()
     if not (place / "flash_attn_interface.py").is_file():
-        raise ConfigError("fa3-path", str(folder), "a folder with flash_attn_interface.py")
+        raise ConfigError("fa3-path", repr(str(folder)), "a folder with flash_attn_interface.py")
     if str(place) not in sys.path:
         sys.path.insert(0, str(place))
     register_installed(registry, registry.list_backends())
