@@ -134,7 +134,8 @@ def attention_over_pages(
     row = position + (max_seqlen_q - cu_seqlens_q.diff()[sequence])
     padded = q.new_zeros((cu_seqlens_q.numel() - 1, max_seqlen_q, *q.shape[1:]))
     padded[sequence, row] = q
-    out, lse = paged_attention(padded, k_cache, v_cache, block_table, cu_seqlens_k.diff(), **options, return_lse=True)
+    pages = _pages(k_cache, block_table, None, batch=padded.shape[0])
+    out, lse = paged_attention(padded, k_cache, v_cache, pages, cu_seqlens_k.diff(), **options, return_lse=True)
     return out[sequence, row], lse[sequence, :, row].T
 
 
@@ -167,7 +168,7 @@ def _pages(k_cache: Tensor, block_table: Tensor | None, cache_batch_idx: Tensor 
             raise ConfigError("cache_batch_idx", "a tensor together with block_table", "one of the two")
         if block_table.ndim != 2 or block_table.shape[0] != batch:
             raise ConfigError("block_table", f"shape {tuple(block_table.shape)}", f"shape ({batch}, pages a sequence)")
-        return block_table
+        return block_table.contiguous()
     if cache_batch_idx is not None:
         check_range("cache_batch_idx", cache_batch_idx, 0, k_cache.shape[0] - 1)
         return _index_vector("cache_batch_idx", cache_batch_idx, batch)[:, None]

@@ -26,9 +26,13 @@ def page_and_row(pages: Tensor, page_size: int, position: Tensor, num_pages: int
     positions past the last page are everywhere: callers have checked those where they can be.
     """
     position = position.clamp(0, pages.shape[1] * page_size - 1)
-    page = pages.long().gather(1, torch.div(position, page_size, rounding_mode="floor"))
+    if pages.shape[1] == 1:  # most caches: one page holds the whole sequence
+        page, row = pages.long().expand(position.shape), position
+    else:
+        page = pages.long().gather(1, torch.div(position, page_size, rounding_mode="floor"))
+        row = position % page_size
     check_range("block_table", page, 0, num_pages - 1)
-    return page.clamp(0, num_pages - 1), position % page_size
+    return page.clamp(0, num_pages - 1), row
 
 
 def check_range(name: str, values: int | Tensor, least: int, most: int) -> None:
