@@ -130,6 +130,7 @@ BAD_PAGED = [
     ("block_table", {"block_table": torch.tensor([[0, 1, 2], [3, 4, 5]])}),
     ("block_table", {"block_table": torch.tensor([0, 1, 2], dtype=INT)}),
     ("block_table", {"block_table": torch.tensor([[0, 1, 2]], dtype=INT)}),
+    ("block_table", {"block_table": torch.tensor([[0, 3], [1, 4], [2, 5]], dtype=INT).T}),
     ("block_table[0]", {"block_table": torch.tensor([[0, 1, 6], [3, 4, 5]], dtype=INT)}),
     ("block_table[1]", {"block_table": torch.tensor([[0, 1, 2], [3, -1, 5]], dtype=INT)}),
     ("k", {"k_cache": torch.randn(6, 0, HK, D), "v_cache": torch.randn(6, 0, HK, D)}),

@@ -118,6 +118,8 @@ def describe_paged(k_cache: Tensor, block_table: object, kv_lens: Tensor | None,
         raise ConfigError("block_table", f"shape {tuple(block_table.shape)}", f"shape ({batch}, pages a sequence)")
     if block_table.device != k_cache.device:
         raise ConfigError("block_table", f"device {block_table.device}", f"the device of q, {k_cache.device}")
+    if block_table.stride(1) != 1 and block_table.shape[1] > 1:
+        raise ConfigError("block_table", f"stride {block_table.stride()}", "rows of contiguous entries")
     if page_size < 1:
         raise ConfigError("k", f"shape {tuple(k_cache.shape)}", "pages of at least one key")
     if kv_lens is None:
