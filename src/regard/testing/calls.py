@@ -34,7 +34,7 @@ class Call:
         """Make the call with ``backend`` chosen by name."""
         tensors = dict(self.tensors)
         q, k, v = tensors.pop("q"), tensors.pop("k"), tensors.pop("v")
-        with _seeded(self.seed, q.device):
+        with self._seeded():
             return self._function(q, k, v, **tensors, **{**self.options, **overrides}, backend=backend)
 
     @property
@@ -66,19 +66,23 @@ class Call:
 
     def dropout_seed(self, config: AttentionConfig) -> Tensor | None:
         """The seed the call draws."""
-        with _seeded(self.seed, self.tensors["q"].device):
+        with self._seeded():
             return api._draw_seed(config, self.tensors["q"])
 
     def _with(self, tensors: dict[str, Tensor]) -> Call:
         return Call(tensors, self.options, self.seed)
 
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    on_cpu = device.type == "cpu"
-    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
-        torch.manual_seed(seed)
-        yield
+    @contextlib.contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Torch's generator at the call's seed, where the call draws from it: seeding takes milliseconds."""
+        if "dropout_p" not in self.options:
+            yield
+            return
+        device = self.tensors["q"].device
+        on_cpu = device.type == "cpu"
+        with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+            torch.manual_seed(self.seed)
+            yield
 
 
 def make_inputs(
