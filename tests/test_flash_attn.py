@@ -12,6 +12,7 @@ import torch
 
 import regard
 from regard import ConfigError, UnsupportedError
+from regard.backends import external
 from regard.integrations import flash_attn
 from regard.integrations.flash_attn import bert_padding, flash_attn_interface
 from regard.integrations.flash_attn.rotary import apply_rotary_emb
@@ -257,6 +258,11 @@ def test_max_seqlen_may_be_a_tensor():
     close(out, flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k))
 
 
+def strided(table):
+    """The same block table with rows that are not contiguous, which flash-attn takes too."""
+    return table.T.contiguous().T
+
+
 def paged(k, cu_seqlens, page_size=3, spare=2, seed=0):
     """Packed keys scattered over pages; what no key fills is NaN. Returns the cache and the block table."""
     lengths = cu_seqlens.diff().tolist()
@@ -270,7 +276,7 @@ def paged(k, cu_seqlens, page_size=3, spare=2, seed=0):
             if position % page_size == 0:
                 page.fill_(numbers.pop())
             cache[page, position % page_size] = k[cu_seqlens[sequence] + position]
-    return cache, table
+    return cache, strided(table)
 
 
 @pytest.mark.parametrize("name", VARLEN_OPTIONS)
@@ -386,7 +392,7 @@ def stored(storage, k, v):
     table = torch.randperm(26, generator=torch.Generator().manual_seed(1))[:24].view(3, 8)
     pages = (t.reshape(24, 3, 2, 16) for t in (k, v))
     caches = tuple(torch.full((26, 3, 2, 16), 7.0).index_copy(0, table.flatten(), t) for t in pages)
-    return caches, {"block_table": table.int()}, lambda cache: cache[table].flatten(1, 2)
+    return caches, {"block_table": strided(table.int())}, lambda cache: cache[table].flatten(1, 2)
 
 
 @pytest.mark.parametrize("storage", ["contiguous", "strided", "rows", "pages"])
@@ -711,14 +717,18 @@ def test_install_makes_imports_resolve(no_flash_attn):
 def test_install_does_not_hide_the_real_one_unless_told_to(no_flash_attn, tmp_path, imported):
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("real = True\n")
-    (tmp_path / "flash_attn" / "ops.py").write_text("")
+    for name in ("ops", "flash_attn_interface"):
+        (tmp_path / "flash_attn" / f"{name}.py").write_text("")
     no_flash_attn.syspath_prepend(tmp_path)
     if imported:
         importlib.import_module("flash_attn.ops")
     with pytest.raises(ConfigError, match=r"force: got False, needs True .*flash_attn"):
         flash_attn.install()
     assert hasattr(importlib.import_module("flash_attn"), "real")
+    peer = next(adapter.package for adapter in external.ADAPTERS if adapter.name == "flash_attn")
+    assert peer.installed()
     flash_attn.install(force=True)
+    assert not peer.installed(), "the backend flash_attn would call itself"
     assert not hasattr(importlib.import_module("flash_attn"), "real")
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("flash_attn.ops")
