@@ -104,7 +104,8 @@ def flash_attn_with_kvcache(
             return_lse=return_softmax_lse,
         )  # fmt: skip
         if block_table is None and cache_batch_idx is None and leftpad is None:
-            result = attention(q, k_cache, v_cache, kv_lens=held, **options)
+            kv_lens = None if cache_seqlens is None else held
+            result = attention(q, k_cache, v_cache, kv_lens=kv_lens, **options)
         else:
             result = paged_attention(q, k_cache, v_cache, pages, held, **options)
     return _without_gradient(result) if wants_gradient else result
