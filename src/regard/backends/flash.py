@@ -23,7 +23,7 @@ from regard.registry import Gradients
 
 MAX_HEAD_DIM = 256
 _INTERPRETER_ARCH = "sm80"
-_LARGEST_TILE = 256  # rows or columns; a larger stride than 2**31 / this needs 64-bit offsets inside a tile
+_LARGEST_TILE = 256  # rows or columns; strides from 2**31 / this on need 64-bit offsets inside a tile
 
 
 class Launch(NamedTuple):
@@ -94,7 +94,7 @@ class FlashBackend:
         new = torch.zeros_like if config.varlen else torch.empty_like
         row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
         found = {name: new(getattr(inputs, name), memory_format=torch.contiguous_format) for name in ("q", "k", "v")}
-        row_terms_launch(config, out, grad_out, lse, grad_lse, row_lse, delta).run(grad_out.device)
+        row_terms_launch(config, inputs, out, grad_out, lse, grad_lse, row_lse, delta).run(grad_out.device)
         dq = found["q"]
         fused = fused_tile(config, inputs, grad_out)
         if fused is not None:
@@ -136,7 +136,7 @@ def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor
         lse_strides=_lse_strides(lse),
         block_table_stride=0 if inputs.block_table is None else inputs.block_table.stride(0),
         page_size=config.page_size or 1,
-        WIDE=_wide(*inputs[:5], out),
+        WIDE=_wide(inputs, out),
     )
     programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q
     return _launch(attention_forward, programs, arguments, tile)
@@ -144,6 +144,7 @@ def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor
 
 def row_terms_launch(
     config: AttentionConfig,
+    inputs: AttentionInputs,
     out: Tensor,
     grad_out: Tensor,
     lse: Tensor,
@@ -172,7 +173,7 @@ def row_terms_launch(
         HEAD_DIM_V=config.head_dim_v,
         BLOCK_DV=tuning.padded_head_dim(config.head_dim_v),
         BLOCK_M=block_m,
-        WIDE=_wide(out, grad_out),
+        WIDE=_wide(inputs, out, grad_out),
     )
     programs = -(-rows // block_m) * lse.shape[:-1].numel()
     return Launch(row_terms, programs, arguments, dict(num_warps=4, num_stages=1))
@@ -209,7 +210,7 @@ def backward_launches(
             dk_strides=_strides4(gradients.k),
             dv_strides=_strides4(gradients.v),
             heads_kv=config.heads_kv,
-            WIDE=_wide(*inputs[:5], grad_out),
+            WIDE=_wide(inputs, grad_out),
         )
 
     aligned = _all_aligned(inputs, grad_out)
@@ -252,7 +253,7 @@ def bias_launch(
         summed_batch=config.batch // batch,
         summed_heads=config.heads_q // heads,
         SUM_ROWS=sum_rows,
-        WIDE=_wide(*inputs[:5], grad_out, dbias),
+        WIDE=_wide(inputs, grad_out, dbias),
     )
     programs = -(-seqlen_k // tile.block_n) * -(-rows // tile.block_m) * heads * batch
     return _launch(backward_bias, programs, arguments, tile), dbias
@@ -402,9 +403,11 @@ def _all_aligned(inputs: AttentionInputs, grad_out: Tensor) -> bool:
     return all(_aligned(tensor) for tensor in (inputs.q, inputs.k, inputs.v, grad_out))
 
 
-def _wide(*tensors: Tensor | None) -> bool:
-    """Whether a tile's own extent can pass 2**31 elements in one of these."""
-    return any(stride * _LARGEST_TILE >= 2**31 for t in tensors if t is not None for stride in t.stride())
+def _wide(inputs: AttentionInputs, *others: Tensor) -> bool:
+    """Whether a tile's own extent, of rows by head dim or of queries by keys, can pass 2**31 elements."""
+    strides = [tensor.stride(axis) for tensor in (inputs.q, inputs.k, inputs.v, *others) for axis in (-3, -1)]
+    strides += [tensor.stride(axis) for tensor in inputs[3:5] if tensor is not None for axis in (-2, -1)]
+    return max(strides) * _LARGEST_TILE >= 2**31
 
 
 def _product_precision(config: AttentionConfig) -> str:
