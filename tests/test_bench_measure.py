@@ -31,6 +31,14 @@ SAMPLED = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: other threads would only be waited for
+    yield
+    torch.set_num_threads(threads)
+
+
 def results(workload, call, backend="reference", gradient=None):
     ready = peers.OurBackend(backend).prepare(workload.mode, call, gradient)
     return ready.results(ready.run())

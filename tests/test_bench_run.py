@@ -28,7 +28,10 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("regard.bench.run._Cells._measured_ceilings", lambda *_: peers_free_ceilings())
     monkeypatch.setattr("regard.bench.report.missing_packages", lambda: ["matplotlib"])
-    return tmp_path
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: other threads would only be waited for
+    yield
+    torch.set_num_threads(threads)
 
 
 def peers_free_ceilings():
