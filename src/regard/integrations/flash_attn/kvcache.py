@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from regard.api import attention, paged_attention
-from regard.config import AttentionConfig
 from regard.errors import ConfigError, Reason, UnsupportedError
 from regard.integrations.flash_attn.positions import check_range, page_and_row, sequence_and_position
 from regard.integrations.flash_attn.rotary import check_tables, rotate
+from regard.lengths import check_index_vector, longest_sequence
 
 
 def flash_attn_with_kvcache(
@@ -128,28 +128,26 @@ def attention_over_pages(
     Returns:
         out (total_q, Hq, D) and lse (Hq, total_q).
     """
-    AttentionConfig.from_tensors(  # of the queries over themselves, for its checks of the offsets
-        q, q, q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_q, max_seqlen_q=max_seqlen_q
-    )
+    check_index_vector("cu_seqlens_q", cu_seqlens_q, None, q.device)
+    check_index_vector("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape[0], q.device)
+    longest = longest_sequence("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    if longest is not None and max_seqlen_q < longest:
+        raise ConfigError("max_seqlen_q", max_seqlen_q, f"at least {longest}, the longest sequence of cu_seqlens_q")
     sequence, position = sequence_and_position(cu_seqlens_q, q.shape[0])
     row = position + (max_seqlen_q - cu_seqlens_q.diff()[sequence])
     padded = q.new_zeros((cu_seqlens_q.numel() - 1, max_seqlen_q, *q.shape[1:]))
     padded[sequence, row] = q
     pages = _pages(k_cache, block_table, None, batch=padded.shape[0])
-    out, lse = paged_attention(padded, k_cache, v_cache, pages, cu_seqlens_k.diff(), **options, return_lse=True)
+    kv_lens = _key_lengths(cu_seqlens_k, pages, k_cache)
+    out, lse = paged_attention(padded, k_cache, v_cache, pages, kv_lens, **options, return_lse=True)
     return out[sequence, row], lse[sequence, :, row].T
 
 
 def keys_of_pages(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
     """Copies of the keys and values of a paged cache, packed (total_k, Hk, D). Differentiable."""
     pages = _pages(k_cache, block_table, None, batch=cu_seqlens_k.numel() - 1)
-    capacity = pages.shape[1] * k_cache.shape[1]
-    lengths = cu_seqlens_k.diff()
-    if ((lengths < 0) | (lengths > capacity)).any():
-        raise ConfigError(
-            "cu_seqlens_k", f"lengths {lengths.tolist()}", f"lengths in 0..{capacity}, what the pages hold"
-        )
-    sequence, position = sequence_and_position(cu_seqlens_k, int(lengths.sum()))
+    total = int(_key_lengths(cu_seqlens_k, pages, k_cache).sum())
+    sequence, position = sequence_and_position(cu_seqlens_k, total)
     page, row = page_and_row(pages[sequence], k_cache.shape[1], position[:, None], k_cache.shape[0])
     return k_cache[page, row].squeeze(1), v_cache[page, row].squeeze(1)
 
@@ -162,6 +160,13 @@ def window_of(window_size: Sequence[int] | Tensor) -> tuple[int | None, int | No
     return None if left is None and right is None else (left, right)
 
 
+def _key_lengths(cu_seqlens_k: Tensor, pages: Tensor, k_cache: Tensor) -> Tensor:
+    """int32 (B,): the keys each sequence has in its pages."""
+    lengths = cu_seqlens_k.diff()
+    check_range("cu_seqlens_k", lengths, 0, pages.shape[1] * k_cache.shape[1], "lengths")
+    return lengths
+
+
 def _pages(k_cache: Tensor, block_table: Tensor | None, cache_batch_idx: Tensor | None, batch: int) -> Tensor:
     """int32 (B, pages a sequence): which ``k_cache[page]`` hold each sequence's keys."""
     if block_table is not None:
@@ -171,8 +176,9 @@ def _pages(k_cache: Tensor, block_table: Tensor | None, cache_batch_idx: Tensor 
             raise ConfigError("block_table", f"shape {tuple(block_table.shape)}", f"shape ({batch}, pages a sequence)")
         return block_table.contiguous()
     if cache_batch_idx is not None:
-        check_range("cache_batch_idx", cache_batch_idx, 0, k_cache.shape[0] - 1)
-        return _index_vector("cache_batch_idx", cache_batch_idx, batch)[:, None]
+        rows = check_index_vector("cache_batch_idx", cache_batch_idx, batch, k_cache.device)
+        check_range("cache_batch_idx", rows, 0, k_cache.shape[0] - 1)
+        return rows[:, None]
     if k_cache.shape[0] != batch:
         raise ConfigError("k_cache", f"shape {tuple(k_cache.shape)}", f"batch {batch} as in q, or cache_batch_idx")
     return torch.arange(batch, dtype=torch.int32, device=k_cache.device)[:, None]
@@ -258,16 +264,10 @@ def _check_tables(cos: Tensor | None, sin: Tensor | None, q: Tensor, capacity: i
 def _lengths(name: str, lengths: int | Tensor, q: Tensor) -> Tensor:
     """int32 (B,)."""
     if isinstance(lengths, Tensor):
-        return _index_vector(name, lengths, q.shape[0])
+        return check_index_vector(name, lengths, q.shape[0], q.device)
     if isinstance(lengths, bool) or not isinstance(lengths, (int, torch.SymInt)):
         raise ConfigError(name, repr(lengths), "an int or an int32 tensor (B,)")
     return torch.full((q.shape[0],), lengths, dtype=torch.int32, device=q.device)
-
-
-def _index_vector(name: str, tensor: Tensor, batch: int) -> Tensor:
-    if tensor.dtype != torch.int32 or tuple(tensor.shape) != (batch,):
-        raise ConfigError(name, f"{tensor.dtype} {tuple(tensor.shape)}", f"int32 ({batch},)")
-    return tensor.contiguous()
 
 
 def _without_gradient(result: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:

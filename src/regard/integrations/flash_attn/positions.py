@@ -35,7 +35,7 @@ def page_and_row(pages: Tensor, page_size: int, position: Tensor, num_pages: int
     return page.clamp(0, num_pages - 1), row
 
 
-def check_range(name: str, values: int | Tensor, least: int, most: int) -> None:
+def check_range(name: str, values: int | Tensor, least: int, most: int, what: str = "values") -> None:
     """Raise a `ConfigError` for integers outside least..most. A GPU is not synchronised for it: tensors there pass."""
     if isinstance(values, Tensor):
         if values.device.type != "cpu" or torch.compiler.is_compiling() or values.numel() == 0:
@@ -44,5 +44,4 @@ def check_range(name: str, values: int | Tensor, least: int, most: int) -> None:
     else:
         lowest = highest = values
     if lowest < least or highest > most:
-        seen = f"{lowest}" if lowest == highest else f"values in {lowest}..{highest}"
-        raise ConfigError(name, seen, f"values in {least}..{most}")
+        raise ConfigError(name, f"{what} in {lowest}..{highest}", f"{what} in {least}..{most}")
