@@ -452,6 +452,8 @@ class FlexAttention:
         return lacking
 
     def call(self, config: AttentionConfig, inputs: AttentionInputs) -> Result:
+        from torch.nn.attention.flex_attention import AuxRequest
+
         block_mask = _flex_block_mask(config, inputs.q.device) if inputs.mask is None else _flex_mask(config, inputs)
         found = _flex_compiled()(
             *(t.transpose(1, 2) for t in inputs[:3]),
@@ -459,9 +461,9 @@ class FlexAttention:
             block_mask=block_mask,
             scale=config.softmax_scale,
             enable_gqa=config.heads_q != config.heads_kv,
-            return_lse=config.return_lse,
+            return_aux=AuxRequest(lse=True) if config.return_lse else None,
         )
-        out, lse = _out_and_lse(found)
+        out, lse = (found[0], found[1].lse) if config.return_lse else (found, None)
         return out.transpose(1, 2), lse
 
 
