@@ -54,11 +54,7 @@ def _encode(
     highest = weights.amax(-1, keepdim=True)
     exponentials = (weights / torch.where(highest > 0, highest, 1.0)).to(q.dtype)
     with torch.random.fork_rng([q.device] if q.is_cuda else [], device_type="cuda"):
-        level = {
-            **options,
-            "softmax_scale": 0.0,
-            "alibi_slopes": None,
-        }  # equal weights, so that a zero is a dropped one
+        level = options | dict(softmax_scale=0.0, alibi_slopes=None)  # equal weights: a zero is a dropped one
         survivors = attend(*arguments, **level, dropout_p=dropout_p, backend="reference")
     limits = torch.finfo(q.dtype)
     dropped = -exponentials.clamp_min(limits.tiny * limits.eps)  # the smallest number, so that the sign survives
