@@ -230,10 +230,10 @@ def roofline(rows: Sequence[Row]) -> str | None:
     styles = colours(row["implementation"] for row in rows)
     factor, unit = _rate_unit(rows)
     figure, (axis,) = _figure(1, 1, (7.2, 4.2))
-    for row in rows:
-        colour, marker = styles[row["implementation"]]
-        place = row["flops"] / row["bytes"], factor * row["tflops"]
-        axis.plot(*place, color=colour, marker=marker, markersize=4, alpha=0.75)
+    for name, (colour, marker) in styles.items():
+        own = [row for row in rows if row["implementation"] == name]
+        places = [row["flops"] / row["bytes"] for row in own], [factor * row["tflops"] for row in own]
+        axis.plot(*places, color=colour, marker=marker, markersize=4, alpha=0.75, linestyle="")
     intensities = sorted(row["flops"] / row["bytes"] for row in rows)
     span = [0.7 * intensities[0] * (2 * intensities[-1] / intensities[0]) ** (i / 200) for i in range(201)]
     roofs = {row["workload"]["dtype"]: (factor * row["matmul_tflops"], factor * row["copy_gbs"] / 1e3) for row in rows}
