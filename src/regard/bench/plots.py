@@ -61,10 +61,11 @@ def speedup_map(rows: Sequence[Row]) -> str | None:
     """A panel for each implementation other than the reference."""
     compared = [row for row in rows if row.get("speedup") and row["implementation"] != row["reference"]]
     names = list(dict.fromkeys(row["implementation"] for row in compared))
+    places = _places(compared)
     panels = {}
     for name in names:
         references = "/".join(dict.fromkeys(row["reference"] for row in compared if row["implementation"] == name))
-        cells = {_place(row): row["speedup"] for row in compared if row["implementation"] == name}
+        cells = {places[row["case"]]: row["speedup"] for row in compared if row["implementation"] == name}
         panels[f"{name} / {references}"] = {
             place: (f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.0f}", math.log2(ratio) / 2)
             for place, ratio in cells.items()
@@ -80,23 +81,35 @@ def choice_map(rows: Sequence[Row]) -> str | None:
     for row in rows:
         if is_ours(row["implementation"]) and row.get("chosen"):
             by_case.setdefault(row["case"], []).append(row)
+    places = _places(rows)
     cells = {}
     for ours in by_case.values():
         best = min(ours, key=lambda row: row["ms"])
         chosen = next((row for row in ours if row["implementation"] == row["chosen"]), None)
         loss = 0.0 if chosen is None else chosen["ms"] / best["ms"] - 1
         text = best["chosen"] if loss < 0.05 else f"{best['chosen']}\n{best['implementation']} {1 + loss:.2f}x"
-        cells[_place(best)] = (text, 0.5 if loss < 0.05 else -min(1.0, loss))
+        cells[places[best["case"]]] = (text, 0.5 if loss < 0.05 else -min(1.0, loss))
     return _maps({"": cells}, cell_width=1.1) if cells else None
 
 
 _Place = tuple[str, int]
 
 
-def _place(row: Row) -> _Place:
-    """Line and column of a map: the case without its lengths, and its key length."""
-    words = [word for word in row["case"].split("-") if not re.fullmatch(r"[sk]\d+", word)]
-    return "-".join(words), int(row["workload"]["seqlen_k"])
+def _places(rows: Sequence[Row]) -> dict[str, _Place]:
+    """Line and column of each case in a map: its name without its lengths, and its key length.
+
+    The batch stays in the name only where a length is there with several: in a grid of as many tokens for each length
+    it follows from the length.
+    """
+    batches: dict[_Place, set[str]] = {}
+    found = {}
+    for row in rows:
+        words = [word for word in row["case"].split("-") if not re.fullmatch(r"[sk]\d+", word)]
+        rest = "-".join(word for word in words if not re.fullmatch(r"b\d+", word))
+        found[row["case"]] = rest, "-".join(words), int(row["workload"]["seqlen_k"])
+        batches.setdefault((rest, found[row["case"]][2]), set()).add("-".join(words))
+    several = {rest for (rest, _), lines in batches.items() if len(lines) > 1}
+    return {case: (line if rest in several else rest, length) for case, (rest, line, length) in found.items()}
 
 
 def _maps(panels: Mapping[str, Mapping[_Place, tuple[str, float]]], cell_width: float = 0.62) -> str | None:
@@ -155,6 +168,7 @@ def _rate_unit(rows: Sequence[Row]) -> tuple[float, str]:
 
 def memory(rows: Sequence[Row]) -> str | None:
     """Peak memory of a call, a panel for each head dim and kind of call."""
+    from matplotlib.ticker import LogLocator
 
     def draw(axis: Any, panel: Sequence[Row], styles: Mapping[str, tuple[str, str]]) -> None:
         _lines(axis, panel, styles, lambda row: (row["input_bytes"] + row["peak_bytes"]) / 2**20)
@@ -163,6 +177,9 @@ def memory(rows: Sequence[Row]) -> str | None:
         )
         axis.plot(*zip(*own, strict=True), color=_INK, linestyle=":", linewidth=1)
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.minorticks_off()
 
     return _panels([row for row in rows if row.get("peak_bytes")], draw, "MiB")
 
@@ -181,7 +198,7 @@ def _panels(rows: Sequence[Row], draw: Callable[[Any, Sequence[Row], Mapping[str
         lengths = sorted({row["workload"]["seqlen_k"] for row in panel})
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [_length(length) for length in lengths], fontsize=8)
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.set_title(name, fontsize=9)
     for index, axis in enumerate(axes):
         axis.set_visible(index < len(groups))
@@ -197,9 +214,9 @@ def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         workload = Workload(**{**row["workload"], "window": _pair(row["workload"]["window"])})
         shared = [workload.mode] if workload.mode != "fwd" else []
-        shared += [f"d{workload.head_dim}", workload.dtype, *workload.features()]
         if workload.heads_q != workload.heads_kv:
-            shared.insert(len(shared) - 1, f"h{workload.heads_q}/{workload.heads_kv}")
+            shared.append(f"h{workload.heads_q}/{workload.heads_kv}")
+        shared += [f"d{workload.head_dim}", workload.dtype, *workload.features()]
         if workload.seqlen_q != workload.seqlen_k:
             shared.append(f"q{workload.seqlen_q}")
         groups.setdefault(" ".join(shared), []).append(row)
