@@ -21,9 +21,9 @@ from regard.errors import Reason
 from regard.registry import Gradients
 
 _INF = float("inf")
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_kernel = torch._scaled_dot_product_flash_attention_for_cpu
 _SCORES_IN_FLIGHT = 2**20  # scores that a step in torch operations holds at once, over all heads
-_ADDITIVE_IN_FLIGHT = 2**21  # elements of the additive mask made for one call of the fused kernel
+_ADDITIVE_IN_FLIGHT = 2**22  # elements of the additive mask made for one call of the fused kernel
 _FUSED_ROWS = 256  # fewest rows for which the fused kernel works at full speed
 
 
@@ -45,8 +45,10 @@ class CpuBackend:
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
         if _is_one_kernel_call(config, inputs):  # first, since decode notices every microsecond
-            q, k, v = inputs.q.transpose(1, 2), inputs.k.transpose(1, 2), inputs.v.transpose(1, 2)
-            out, lse = _kernel(q, k, v, 0.0, config.causal and config.seqlen_q > 1, scale=config.softmax_scale)
+            q, k, v, *_ = inputs
+            causal = config.causal and config.seqlen_q > 1
+            out, lse = _kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal,
+                               scale=config.softmax_scale)  # fmt: skip
             return out.transpose(1, 2).contiguous(), lse
         inputs = gather_pages(inputs)
         spans = _spans(config, inputs)
@@ -94,17 +96,16 @@ class CpuBackend:
 
 def _is_one_kernel_call(config: AttentionConfig, inputs: AttentionInputs) -> bool:
     """Whether q, k and v can go to the fused kernel as they are, without anything that `_attend` decides."""
-    return (
-        (config.dtype.itemsize >= 4 or (config.dtype == torch.bfloat16 and not _needs_exact_lse(config)))
-        and not any(tensor is not None for tensor in inputs[3:])
-        and config.window is None
-        and config.softcap == 0
-        and config.head_dim == config.head_dim_v
-        and (not config.causal or config.seqlen_q in (1, config.seqlen_k))
-        and (not config.causal or config.softmax_scale > 0)
-        and inputs.q.stride(3) == inputs.k.stride(3) == inputs.v.stride(3) == 1
-        and not config.is_empty
-    )
+    known: bool | None = config.prepared.get(_is_one_kernel_call)
+    if known is None:
+        known = config.prepared[_is_one_kernel_call] = (
+            {"causal", "lse", "grad", "deterministic"}.issuperset(config.features())
+            and (config.dtype.itemsize >= 4 or (config.dtype == torch.bfloat16 and not _needs_exact_lse(config)))
+            and config.head_dim == config.head_dim_v
+            and (not config.causal or (config.seqlen_q in (1, config.seqlen_k) and config.softmax_scale > 0))
+            and not config.is_empty
+        )
+    return known and inputs.q.stride(3) == inputs.k.stride(3) == inputs.v.stride(3) == 1
 
 
 @dataclass(frozen=True)
@@ -353,9 +354,10 @@ def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = Fal
     if alone:
         out, lse = out[:, :, :1], lse[:, :, :1]
     if additive is not None:
-        if lse.sum().isnan():
+        least = lse.abs().amin().item()
+        if math.isnan(least):
             return _online_softmax(piece, rows, keys)
-        if not lse.all():  # the kernel's lse of a row that sees nothing is 0
+        if least == 0:  # the kernel's lse of a row that sees nothing
             hidden = (additive.amax(-1) == -_INF).expand(lse.shape)
             lse = lse.masked_fill(hidden, -_INF)
     return (out if widest == head_dim_v else out[..., :head_dim_v]), lse
@@ -374,7 +376,8 @@ def _additive_mask(piece: _Piece, rows: range, keys: range) -> Tensor | None:
     if added is None:
         if visible is None:
             return None
-        return torch.where(visible, 0.0, -_INF).to(_accumulator(piece.q.dtype))
+        seen, hidden = (torch.tensor(number, dtype=piece.q.dtype) for number in (0.0, -_INF))
+        return torch.where(visible, seen, hidden)
     if added.dtype != piece.q.dtype:
         added = added.to(_accumulator(piece.q.dtype))
     return added if visible is None else torch.where(visible, added, -_INF)
