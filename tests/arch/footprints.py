@@ -131,7 +131,7 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             continue
         dtype = torch.bfloat16 if itemsize == 2 else torch.float32
         if kernel != "forward":
-            if itemsize == 2 or (head_dim == 128 and arch in FEATURE_ARCHITECTURES):
+            if itemsize == 2 or (kernel == "backward-keys" and head_dim == 128 and arch in FEATURE_ARCHITECTURES):
                 add(f"d{head_dim} causal", dtype, head_dim=head_dim, causal=True)
             continue
         if itemsize == 2:
