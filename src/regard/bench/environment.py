@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -25,7 +26,6 @@ _NVIDIA_FIELDS = {
 _TIMEOUT = 10  # seconds for nvidia-smi or git
 
 
-@functools.cache
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, driver, clocks and power limit, versions and commit: what a figure depends on."""
     facts: dict[str, Any] = {
@@ -39,7 +39,10 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
     }
     if device.type == "cpu":
-        return {**facts, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
+        facts |= {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
+        if hasattr(os, "getloadavg"):
+            facts["load"] = round(os.getloadavg()[0], 1)
+        return {**facts, "capability": torch.backends.cpu.get_cpu_capability()}
     facts["multiprocessors"] = torch.cuda.get_device_properties(device).multi_processor_count
     if torch.version.hip is not None:
         return {**facts, "hip": torch.version.hip}
@@ -65,6 +68,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def commit() -> str | None:
     """The commit of the checkout regard is imported from, with ``+`` where files differ from it; None outside one."""
     folder = str(Path(regard.__file__).parent)
@@ -76,6 +80,7 @@ def commit() -> str | None:
     return None
 
 
+@functools.cache
 def _nvidia_smi(index: int) -> dict[str, Any]:
     with contextlib.suppress(Exception):
         line = _output("nvidia-smi", f"--id={index}", f"--query-gpu={','.join(_NVIDIA_FIELDS)}",

@@ -11,7 +11,8 @@ from regard.bench import summary
 from regard.bench.rows import Row, geometric_mean
 
 _ENVIRONMENT = {
-    "machine": "machine", "arch": "architecture", "threads": "CPU threads", "driver": "driver",
+    "machine": "machine", "arch": "architecture", "cores": "cores", "threads": "threads", "load": "load before the run",
+    "driver": "driver",
     "power_limit_w": "power limit, W", "sm_clock_mhz": "clock under load, MHz", "max_sm_clock_mhz": "top clock, MHz",
     "torch": "torch", "triton": "Triton", "cuda": "CUDA", "hip": "HIP", "python": "Python", "regard": "regard",
     "commit": "commit",

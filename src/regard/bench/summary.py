@@ -33,9 +33,13 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     for name, reference, ratios in speedups(rows):
         worst_case, worst = min(ratios.items(), key=lambda item: item[1])
         best_case, best = max(ratios.items(), key=lambda item: item[1])
+        mean = f"{name}: {geometric_mean(list(ratios.values())):.2f}x the speed of {reference}"
+        if len(ratios) == 1:
+            found.append(f"{mean} ({worst_case})")
+            continue
         found.append(
-            f"{name}: {geometric_mean(list(ratios.values())):.2f}x the speed of {reference} over {len(ratios)} cases "
-            f"(geometric mean), from {worst:.2f}x ({worst_case}) to {best:.2f}x ({best_case})"
+            f"{mean} over {len(ratios)} cases (geometric mean), from {worst:.2f}x ({worst_case}) to {best:.2f}x "
+            f"({best_case})"
         )
     if len(found) == 0 and any(row["status"] == "ok" for row in rows):
         found.append("no speed-ups: the reference implementation was not among those measured")

@@ -58,8 +58,12 @@ class Verifier:
             self.grad_out = self._sparse_gradient()
         self._expected = [self._recompute(part) for part in self.parts]
 
-    def check(self, results: dict[str, Tensor]) -> list[Comparison]:
-        """Compare out and, where given, the gradients of q, k, v and bias.
+    def check(self, results: dict[str, Tensor], slack: float = 1.0) -> list[Comparison]:
+        """Compare out and, where given, the gradients of q, k and v.
+
+        Args:
+            results: by name: out, dq, dk, dv.
+            slack: how many times the rule's bound is allowed: 1 for everything but `regard.bench.peers.Eager`.
 
         Raises:
             AssertionError: the rule is broken; the message names the tensor and the worst element.
@@ -69,7 +73,7 @@ class Verifier:
             for name, (truth, plain) in expected.items():
                 if name in results:
                     actual = self._sampled(name, results[name], part)
-                    factor = FORWARD_FACTOR if name == "out" else GRADIENT_FACTOR
+                    factor = slack * (FORWARD_FACTOR if name == "out" else GRADIENT_FACTOR)
                     found.append(assert_close(actual, truth, plain, name=name, factor=factor))
         return found
 
