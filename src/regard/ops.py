@@ -6,6 +6,7 @@ a graph keeps the choice that was made when it was traced.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Sequence
@@ -276,7 +277,8 @@ def _backward(
         return {"sinks": grad_lse.sum((0, 2) if grad_lse.ndim == 3 else 1)}
     while True:
         try:
-            return registry.get(backend).backward(config, inputs, out, lse, grad_out, grad_lse)
+            with _without_autocast(inputs.q.device.type):
+                return registry.get(backend).backward(config, inputs, out, lse, grad_out, grad_lse)
         except _NOT_THE_KERNELS_FAULT:
             raise
         except Exception as error:
@@ -284,6 +286,13 @@ def _backward(
                 raise
             registry.quarantine(backend, config, error)
             backend = registry.select(config, "auto").backend
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """A backend computes in the precision of its inputs, also when ``backward()`` is called inside autocast."""
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 @attention_bwd.register_fake
