@@ -275,3 +275,13 @@ def test_a_remembered_call_is_neither_validated_nor_selected_again(monkeypatch):
     monkeypatch.setattr(regard.AttentionConfig, "from_tensors", None)
     monkeypatch.setattr(registry, "select", None)
     regard.attention(q, q, q, causal=True)
+
+
+def test_traced_calls_are_not_remembered(monkeypatch):
+    """A fake tensor looks like a real one, but a config with symbols in it must not serve a real call."""
+    monkeypatch.setattr(plans._recent, "keep", None)
+    monkeypatch.setattr(plans._recent, "find", None)
+    with torch._subclasses.FakeTensorMode():
+        q = torch.randn(1, 4, 2, 8)
+        assert regard.attention(q, q, q, causal=True).shape == q.shape
+    torch.func.vmap(lambda q: regard.attention(q, q, q, backend="reference"))(torch.randn(2, 1, 4, 2, 8))
