@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -231,7 +232,9 @@ class _Cells:
         try:
             for each in self._implementations:
                 row = made[each.name] = common[each.name] | {"chosen": chosen}
-                ready = self._check(each, workload, call, verifier, gradient, row)
+                with warnings.catch_warnings():  # torch's many words on a kernel that will not do: the row has one
+                    warnings.simplefilter("ignore", UserWarning)
+                    ready = self._check(each, workload, call, verifier, gradient, row)
                 if ready is not None:
                     prepared[each.name] = ready
             if prepared:
