@@ -112,8 +112,7 @@ class FlashBackend:
                 launch.run(grad_out.device)
                 found["bias"] = reduced.sum_to_size(inputs.bias.shape)
         if inputs.sinks is not None:
-            rows = _sink_weights(inputs, row_lse) * delta
-            found["sinks"] = -rows.sum((0, 2) if rows.ndim == 3 else 1)
+            found["sinks"] = sink_gradient(inputs, row_lse, delta)
         return {name: gradient.to(getattr(inputs, name).dtype) for name, gradient in found.items()}
 
 
@@ -264,6 +263,12 @@ def _sink_weights(inputs: AttentionInputs, row_lse: Tensor) -> Tensor:
     if inputs.sinks is None:
         return torch.zeros_like(row_lse)
     return torch.exp2(inputs.sinks.float()[:, None] * math.log2(math.e) - row_lse)
+
+
+def sink_gradient(inputs: AttentionInputs, row_lse: Tensor, delta: Tensor) -> Tensor:
+    """Gradient of the sinks, (Hq,): a sink is a key without a value, so that its dP is 0."""
+    rows = _sink_weights(inputs, row_lse) * delta
+    return -rows.sum((0, 2) if rows.ndim == 3 else 1)
 
 
 def _summed_over_keys(inputs: AttentionInputs, row_lse: Tensor, delta: Tensor, grad_lse: Tensor | None) -> Tensor:

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.backends.flash import row_terms_launch, sink_gradient
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
-from regard.errors import Reason, UnsupportedError
+from regard.errors import Reason
 from regard.kernels import hopper_tuning, tuning
 from regard.registry import Gradients
 
 MAX_HEAD_DIM = 256
+MAX_BACKWARD_HEAD_DIM = 128
 _TMA_BYTES = 16  # granularity of addresses and strides that TMA can follow
 _L2_SHARE = 32 * 2**20  # bytes of keys and values that tiles in flight may share: most of an H200's 50 MB
 
-_NO_BACKWARD = Reason("backward", "a gradient", "a forward-only call", "its kernels have no backward")
 _LEFT_TO_FLASH = "flash serves these calls: a tile's worth of it per key block would not fit beside the pipeline"
 
 
@@ -54,7 +55,7 @@ class HopperBackend:
         if config.softmax_scale <= 0:
             reasons.append(Reason("softmax_scale", str(config.softmax_scale), "a positive number"))
         if config.requires_grad:
-            reasons.append(_NO_BACKWARD)
+            reasons += _backward_reasons(config)
         return reasons
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
@@ -72,6 +73,7 @@ class HopperBackend:
             attention_forward[(programs,)](**arguments, **options)
         return out, lse
 
+    @torch.no_grad()
     def backward(
         self,
         config: AttentionConfig,
@@ -81,7 +83,39 @@ class HopperBackend:
         grad_out: Tensor,
         grad_lse: Tensor | None,
     ) -> Gradients:
-        raise UnsupportedError("hopper has no backward kernel", {self.name: [_NO_BACKWARD]})
+        from regard.kernels.hopper_backward import attention_backward
+
+        assert lse is not None
+        inputs = inputs._replace(**{name: _readable_by_tma(getattr(inputs, name)) for name in ("q", "k", "v")})
+        grad_out = _readable_by_tma(grad_out)
+        row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
+        row_terms_launch(config, inputs, out, grad_out, lse, grad_lse, row_lse, delta).run(grad_out.device)
+        # Every row of a padded batch is written, but packed sequences may leave some out.
+        new = torch.zeros_like if config.varlen else torch.empty_like
+        dk, dv = (new(t, memory_format=torch.contiguous_format) for t in (inputs.k, inputs.v))
+        sums = torch.zeros(inputs.q.shape, dtype=torch.float32, device=inputs.q.device)
+        with torch.cuda.device(grad_out.device):
+            programs, arguments, options = backward_launch(config, inputs, grad_out, row_lse, delta, sums, dk, dv)
+            attention_backward[(programs,)](**arguments, **options)
+        dq = torch.mul(sums, config.softmax_scale, out=torch.empty(sums.shape, dtype=dk.dtype, device=dk.device))
+        found: Gradients = {"q": dq, "k": dk, "v": dv}
+        if inputs.sinks is not None:
+            found["sinks"] = sink_gradient(inputs, row_lse, delta)
+        return found
+
+
+def _backward_reasons(config: AttentionConfig) -> list[Reason]:
+    reasons = []
+    head_dim = max(config.head_dim, config.head_dim_v)
+    if head_dim > MAX_BACKWARD_HEAD_DIM:
+        reasons.append(Reason("backward", f"a gradient at head dim {head_dim}", f"at most {MAX_BACKWARD_HEAD_DIM}"))
+    if config.softcap > 0:
+        reasons.append(Reason("backward", "a gradient through softcap", "no softcap", "flash has it"))
+    if config.deterministic:
+        reasons.append(
+            Reason("deterministic", "deterministic=True", "False", "dQ is summed in the order programs come to it")
+        )
+    return reasons
 
 
 def forward_launch(
@@ -93,7 +127,10 @@ def forward_launch(
 ) -> tuple[int, Mapping[str, Any], Mapping[str, int]]:
     """Number of programs, arguments by name and compile options of the forward kernel for one call."""
     left, right = config.band
-    tile = tile or hopper_tuning.forward_tile(config.head_dim, config.head_dim_v)
+    raw = config.softcap == 0 and inputs.alibi_slopes is None
+    tile = tile or hopper_tuning.forward_tile(
+        config.head_dim, config.head_dim_v, right is not None, config.seqlen_k, raw
+    )
     pack = _packed_heads(config)
     heads = config.heads_q // pack
     group = heads // config.heads_kv
@@ -123,6 +160,7 @@ def forward_launch(
         seqlen_q=config.seqlen_q,
         seqlen_k=config.seqlen_k,
         total_q=config.total_q or 0,
+        total_k=config.total_k or 0,
         section=max(1, _L2_SHARE // max(key_bytes, 1)) * group,
         scale=float(config.softmax_scale),
         softcap=float(config.softcap) if config.softcap > 0 else None,
@@ -131,12 +169,14 @@ def forward_launch(
         HEAD_DIM_V=config.head_dim_v,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        STAGES=tile.num_stages,
+        KEY_STAGES=tile.key_stages,
+        VALUE_STAGES=tile.value_stages,
         PACK=pack,
         SEQUENCES=max(32, 1 << (config.batch - 1).bit_length()) if config.varlen else 32,
         RAGGED=config.varlen or config.kv_lens or config.seqlen_k % tile.block_n != 0,
         SHARE_Q=tile.share_q,
         TAKE_TURNS=tile.take_turns,
+        ONE_LOOP=tile.one_loop,
     )
     if config.varlen:
         tiles = heads * (-(-(config.total_q or 0) // rows) + config.batch)
@@ -144,6 +184,65 @@ def forward_launch(
         tiles = config.batch * heads * -(-config.seqlen_q // rows)
     programs = min(_multiprocessors(q.device), tiles)
     return programs, arguments, dict(num_warps=4, maxnreg=tile.max_registers)
+
+
+def backward_launch(
+    config: AttentionConfig,
+    inputs: AttentionInputs,
+    grad_out: Tensor,
+    row_lse: Tensor,
+    delta: Tensor,
+    sums: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    block_m: int | None = None,
+    stages: int = 2,
+) -> tuple[int, Mapping[str, Any], Mapping[str, int]]:
+    """Number of programs, arguments by name and compile options of the backward kernel for one call.
+
+    It adds dQ, but for the scale, to the float32 ``sums``.
+    """
+    left, right = config.band
+    block_d, block_dv = (max(64, tuning.padded_head_dim(d)) for d in (config.head_dim, config.head_dim_v))
+    block_m = block_m or hopper_tuning.backward_block_m(config.head_dim, config.head_dim_v)
+    block_n, keys = 128, 64
+    slopes = inputs.alibi_slopes
+    if slopes is not None:
+        slopes = slopes.float().expand(config.batch, config.heads_q).contiguous()
+    arguments = dict(
+        q_desc=_key_descriptor(inputs.q, block_m, block_d),
+        k_desc=_key_descriptor(inputs.k, block_n, block_d),
+        v_desc=_key_descriptor(inputs.v, block_n, block_dv),
+        grad_out_desc=_key_descriptor(grad_out, block_m, block_dv),
+        dq_desc=_key_descriptor(sums, 64, block_d if block_m == 128 else block_d // 2),
+        dk_desc=_key_descriptor(dk, keys, block_d),
+        dv_desc=_key_descriptor(dv, keys, block_dv),
+        dk_ptr=dk,
+        dv_ptr=dv,
+        row_lse_ptr=row_lse,
+        delta_ptr=delta,
+        cu_seqlens_q_ptr=inputs.cu_seqlens_q,
+        cu_seqlens_k_ptr=inputs.cu_seqlens_k,
+        kv_lens_ptr=inputs.kv_lens,
+        alibi_ptr=slopes,
+        batch=config.batch,
+        heads=config.heads_q,
+        heads_kv=config.heads_kv,
+        seqlen_q=config.seqlen_q,
+        seqlen_k=config.seqlen_k,
+        total_q=config.total_q or 0,
+        total_k=config.total_k or 0,
+        scale=float(config.softmax_scale),
+        window_left=left,
+        right_reach=None if right is None else right + 1,
+        HEAD_DIM=config.head_dim,
+        HEAD_DIM_V=config.head_dim_v,
+        BLOCK_M=block_m,
+        STAGES=stages,
+        RAGGED=config.varlen or config.kv_lens or config.seqlen_k % block_n != 0,
+    )
+    programs = -(-config.seqlen_k // block_n) * config.batch * config.heads_kv
+    return programs, arguments, dict(num_warps=4, maxnreg=168)
 
 
 def _packed_heads(config: AttentionConfig) -> int:
@@ -158,7 +257,11 @@ def _readable_by_tma(tensor: Tensor) -> Tensor:
     strided = tensor.stride(-1) == 1 and all(
         stride > 0 and stride * size % _TMA_BYTES == 0 for stride in tensor.stride()[:-1]
     )
-    return tensor if strided and tensor.data_ptr() % _TMA_BYTES == 0 else tensor.clone(memory_format=torch.contiguous_format)
+    return (
+        tensor
+        if strided and tensor.data_ptr() % _TMA_BYTES == 0
+        else tensor.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _query_descriptor(tensor: Tensor, pack: int, rows: int, block_d: int) -> Any:

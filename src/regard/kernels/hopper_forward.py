@@ -17,16 +17,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from regard.kernels.hopper_pipeline import Ring, copy_out, make_ring, matrix, record, stages_for
+from regard.kernels.hopper_pipeline import (
+    Ring,
+    clear_rows,
+    copy_out,
+    make_ring,
+    matrix,
+    optional,
+    record,
+    sequence_bounds,
+    stages_for,
+    transposed,
+)
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key yet: finite, so that inf - inf never occurs
 ROWS = gl.constexpr(64)  # query rows of a warpgroup, as many as one wgmma covers
 RECORD = gl.constexpr(8)  # integers in a tile's record, see `schedule`
-
-
-optional = gl.tensor | gl.constexpr  # Triton turns arguments that are 1 or None into constants
 
 
 @record
@@ -51,6 +59,7 @@ class Call:
     seqlen_q: optional
     seqlen_k: optional
     total_q: optional
+    total_k: optional
     section: optional
     scale: gl.tensor
     softcap: optional
@@ -71,6 +80,7 @@ class Call:
     RAGGED: gl.constexpr
     SHARE_Q: gl.constexpr
     TAKE_TURNS: gl.constexpr
+    ONE_LOOP: gl.constexpr
 
 
 @gluon.jit
@@ -107,8 +117,8 @@ def load_tiles(call):
         # Tiles up to the end of each sequence, in the registers of this warp.
         slot = gl.arange(0, call.SEQUENCES, layout=gl.BlockedLayout([call.SEQUENCES // 32], [32], [1], [0]))
         exists = slot < call.batch
-        lengths = gl.load(call.cu_seqlens_q_ptr + slot + 1, mask=exists, other=0)
-        lengths -= gl.load(call.cu_seqlens_q_ptr + slot, mask=exists, other=0)
+        _, lengths = sequence_bounds(call.cu_seqlens_q_ptr, slot, call.seqlen_q, call.total_q, exists)
+        lengths = gl.where(exists, lengths, 0)
         tile_ends = gl.associative_scan(gl.cdiv(lengths, POSITIONS) * call.heads, 0, _add)
         total = gl.max(tile_ends, 0)
 
@@ -124,10 +134,8 @@ def load_tiles(call):
             passed = tile_ends <= index
             sequence = gl.sum(passed.to(gl.int32), 0)
             within = index - gl.max(gl.where(passed, tile_ends, 0), 0)
-            start_q = gl.load(call.cu_seqlens_q_ptr + sequence)
-            length_q = gl.load(call.cu_seqlens_q_ptr + sequence + 1) - start_q
-            start_k = gl.load(call.cu_seqlens_k_ptr + sequence)
-            length_k = gl.load(call.cu_seqlens_k_ptr + sequence + 1) - start_k
+            start_q, length_q = sequence_bounds(call.cu_seqlens_q_ptr, sequence, call.seqlen_q, call.total_q, None)
+            start_k, length_k = sequence_bounds(call.cu_seqlens_k_ptr, sequence, call.seqlen_k, call.total_k, None)
             head = within % call.heads
             block_m = within // call.heads
             blocks_m = gl.cdiv(length_q, POSITIONS)
@@ -149,7 +157,6 @@ def load_tiles(call):
             first, last, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_N
         )
         schedule(call.records, tile, high, low, first, head, sequence, start_q, length_q, length_k)
-        following = gl.num_programs(0) + gl.atomic_add(call.counter_ptr, 1)
 
         plane = sequence
         if call.cu_seqlens_q_ptr is not None:
@@ -164,7 +171,8 @@ def load_tiles(call):
             call.values.copy(step, call.v_desc, [plane, head // call.group, row, 0])
             step += 1
         tile += 1
-        index = following
+        # Only now, while the consumers still have a few blocks to do: a tile claimed early waits behind a long one.
+        index = gl.num_programs(0) + gl.atomic_add(call.counter_ptr, 1)
     schedule(call.records, tile, 0, 0, 0, 0, 0, 0, 0, 0)
     # The last program to run dry leaves the counters as the next launch needs them.
     if gl.atomic_add(call.counter_ptr + 1, 1) == gl.num_programs(0) - 1:
@@ -257,11 +265,22 @@ def pass_turn(turns, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr):
 
 
 @gluon.jit
+def at_edge(block, full_low, full_high, LEFT: gl.constexpr):
+    """Whether some row of the warpgroup does not see all of a block."""
+    edge = block >= full_high
+    if LEFT:
+        edge = edge | (block < full_low)
+    return edge
+
+
+@gluon.jit
 def weigh_keys(
     s, row_max, row_sum, column, first_key, stop, start, diagonal, edge, scale, softcap, slope,
     MASKED: gl.constexpr, LEFT: gl.constexpr, RAW: gl.constexpr,
 ):  # fmt: skip
-    """From raw products of a tile to softmax weights. ``start``, ``stop``: the keys each row sees, where MASKED."""
+    """From raw products of a tile to softmax weights. ``start``, ``stop``: the keys each row sees; looked at where
+    MASKED, in blocks at the ``edge`` of the band or of the sequence.
+    """
     factor = scale * LOG2_E
     if not RAW:
         factor = 1.0
@@ -290,7 +309,6 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
     RAW: gl.constexpr = call.softcap is None and call.alibi_ptr is None
     LEFT: gl.constexpr = call.window_left is not None
     BAND: gl.constexpr = call.window_left is not None or call.right_reach is not None
-    MASKED: gl.constexpr = call.RAGGED or call.window_left is not None or call.right_reach is not None
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
     column = gl.arange(0, call.BLOCK_N, layout=gl.SliceLayout(0, s_layout))
@@ -329,7 +347,8 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
 
         if UNCLEAN:
             if WARPGROUP == 0:
-                clear_rows(call.values, step, length_k - (high - 1) * call.BLOCK_N)
+                call.values.wait(step)
+                clear_rows(matrix(call.values.tile(step)), length_k - (high - 1) * call.BLOCK_N)
                 mbarrier.arrive(call.clean, count=1)
             mbarrier.wait(call.clean, tile & 1)
         step = skip_blocks(call, step, high - my_high, WARPGROUP)
@@ -340,42 +359,55 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
         call.keys.wait(step)
         if call.TAKE_TURNS:
             await_turn(call.turns, WARPGROUP, step)
-        s = warpgroup_mma(q, matrix(call.keys.tile(step)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma(q, transposed(call.keys, step), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         if call.TAKE_TURNS:
             pass_turn(call.turns, WARPGROUP, WARPGROUPS)
         call.keys.release(step)
         rest = my_high - 1
         weights, decay, row_max, row_sum = weigh_keys(
-            s, row_max, row_sum, column, rest * call.BLOCK_N, stop, start, diagonal, high > 0,
-            call.scale, call.softcap, slope, MASKED, LEFT, RAW,
+            s, row_max, row_sum, column, rest * call.BLOCK_N, stop, start, diagonal, True,
+            call.scale, call.softcap, slope, BAND or call.RAGGED, LEFT, RAW,
         )  # fmt: skip
-        p = gl.convert_layout(weights.to(dtype), p_layout)
         step += 1
-        while rest > my_low:
-            rest -= 1
-            call.keys.wait(step)
-            if call.TAKE_TURNS:
-                await_turn(call.turns, WARPGROUP, step)
-            s = warpgroup_mma(q, matrix(call.keys.tile(step)).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            call.values.wait(step - 1)
-            acc = warpgroup_mma(p, matrix(call.values.tile(step - 1)), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            if call.TAKE_TURNS:
-                pass_turn(call.turns, WARPGROUP, WARPGROUPS)
-            call.keys.release(step)
-            edge = rest >= full_high
-            if LEFT:
-                edge = edge | (rest < full_low)
-            weights, decay, row_max, row_sum = weigh_keys(
-                s, row_max, row_sum, column, rest * call.BLOCK_N, stop, start, diagonal, edge,
-                call.scale, call.softcap, slope, BAND, LEFT, RAW,
-            )  # fmt: skip
+        p = gl.convert_layout(weights.to(dtype), p_layout)
+        for part in gl.static_range(3):
+            # Right edge, interior and left edge of the band: three loops over one body, masked at the edges only. Or,
+            # where registers are short, one loop with the mask behind a branch: what passes from loop to loop in 16
+            # bits takes a whole register a value, so that three loops narrow the weights late.
+            if part == 1 or (not call.ONE_LOOP and (call.right_reach is not None if part == 0 else LEFT)):
+                bottom = my_low
+                if not call.ONE_LOOP and part < 2:
+                    bottom = full_high if part == 0 else gl.maximum(full_low, my_low)
+                while rest > bottom:
+                    rest -= 1
+                    if not call.ONE_LOOP:
+                        p = gl.convert_layout(weights.to(dtype), p_layout)
+                    call.keys.wait(step)
+                    if call.TAKE_TURNS:
+                        await_turn(call.turns, WARPGROUP, step)
+                    s = warpgroup_mma(q, transposed(call.keys, step), zeros, use_acc=False, is_async=True)
+                    call.values.wait(step - 1)
+                    acc = warpgroup_mma(p, matrix(call.values.tile(step - 1)), acc, is_async=True)
+                    s = warpgroup_mma_wait(1, deps=(s,))
+                    if call.TAKE_TURNS:
+                        pass_turn(call.turns, WARPGROUP, WARPGROUPS)
+                    call.keys.release(step)
+                    edge = part != 1
+                    if call.ONE_LOOP:
+                        edge = at_edge(rest, full_low, full_high, LEFT)
+                    weights, decay, row_max, row_sum = weigh_keys(
+                        s, row_max, row_sum, column, rest * call.BLOCK_N, stop, start, diagonal, edge,
+                        call.scale, call.softcap, slope, BAND and (call.ONE_LOOP or part != 1), LEFT, RAW,
+                    )  # fmt: skip
+                    if call.ONE_LOOP:
+                        p = gl.convert_layout(weights.to(dtype), p_layout)
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
+                    call.values.release(step - 1)
+                    acc = acc * gl.convert_layout(decay, row_o)[:, None]
+                    step += 1
+        if not call.ONE_LOOP:
             p = gl.convert_layout(weights.to(dtype), p_layout)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            call.values.release(step - 1)
-            acc = acc * gl.convert_layout(decay, row_o)[:, None]
-            step += 1
         if not call.SHARE_Q:
             call.queries.release(tile * WARPGROUPS + WARPGROUP)
         call.values.wait(step - 1)
@@ -437,22 +469,6 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
 
 
 @gluon.jit
-def clear_rows(values, step, valid):
-    """Zero a value tile's rows past the sequence: their weights are 0, but 0 times what lies there may be NaN."""
-    CHUNK: gl.constexpr = 16
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    rows = matrix(values.tile(step))
-    values.wait(step)
-    for chunk in gl.static_range(rows.shape[0] // CHUNK):
-        if valid < (chunk + 1) * CHUNK:
-            some = rows.slice(chunk * CHUNK, CHUNK, dim=0)
-            row = chunk * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
-            kept = some.load(layout)
-            some.store(gl.where((row < valid)[:, None], kept, gl.zeros_like(kept)))
-    fence_async_shared()
-
-
-@gluon.jit
 def attention_forward(
     q_desc,  # (B, Hq / PACK, Sq, PACK, D), packed sequences (1, Hq / PACK, total_q, PACK, D)
     k_desc,  # (B, Hk, Sk, D), packed (1, Hk, total_k, D)
@@ -472,6 +488,7 @@ def attention_forward(
     seqlen_q,
     seqlen_k,
     total_q,
+    total_k,
     section,  # heads whose keys and values share L2
     scale,
     softcap,
@@ -480,19 +497,21 @@ def attention_forward(
     HEAD_DIM_V: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    KEY_STAGES: gl.constexpr,
+    VALUE_STAGES: gl.constexpr,
     PACK: gl.constexpr,  # query heads of one key/value head that share a tile
     SEQUENCES: gl.constexpr,  # packed sequences, up to a power of two
     RAGGED: gl.constexpr,  # the last key block may be cut
     SHARE_Q: gl.constexpr,  # the output leaves through the queries' shared memory
     TAKE_TURNS: gl.constexpr,  # the warpgroups start their products one after the other
+    ONE_LOOP: gl.constexpr,  # see `attend_queries`
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
-    queries = make_ring(stages_for(q_desc, WARPGROUPS), WARPGROUPS, 1)
-    keys = make_ring(stages_for(k_desc, STAGES), STAGES, WARPGROUPS)
-    values = make_ring(stages_for(v_desc, STAGES), STAGES, WARPGROUPS)
+    queries = make_ring(stages_for(q_desc, WARPGROUPS), WARPGROUPS, 1, 1)
+    keys = make_ring(stages_for(k_desc, KEY_STAGES), KEY_STAGES, 1, WARPGROUPS)
+    values = make_ring(stages_for(v_desc, VALUE_STAGES), VALUE_STAGES, 1, WARPGROUPS)
     record_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    records = make_ring(gl.allocate_shared_memory(gl.int32, [2, RECORD], record_layout), 2, WARPGROUPS)
+    records = make_ring(gl.allocate_shared_memory(gl.int32, [2, RECORD], record_layout), 2, 1, WARPGROUPS)
     clean = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(clean, count=1)
     turns = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
@@ -502,9 +521,9 @@ def attention_forward(
     fence_async_shared()
     call = Call(
         q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, counter_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-        kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, section, scale, softcap,
+        kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, total_k, section, scale, softcap,
         window_left, right_reach, queries, keys, values, records, out_tiles, clean, turns,
-        HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, SEQUENCES, RAGGED, SHARE_Q, TAKE_TURNS,
+        HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, SEQUENCES, RAGGED, SHARE_Q, TAKE_TURNS, ONE_LOOP,
     )  # fmt: skip
     if WARPGROUPS == 2:
         gl.warp_specialize(

@@ -7,7 +7,7 @@ that either side keeps.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 if hasattr(tma, "async_atomic_add"):  # Triton 3.9 renamed the copies and added the reduction
     aggregate = gluon.aggregate
@@ -24,6 +24,9 @@ else:
         """Add a tile of shared memory into global memory (cp.reduce.async.bulk.tensor)."""
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+optional = gl.tensor | gl.constexpr  # Triton turns arguments that are 1 or None into constants
 
 
 def record(cls):
@@ -82,12 +85,12 @@ class Ring:
 
 
 @gluon.jit
-def make_ring(tiles, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """A ring of tiles (STAGES, ...) that go back to the producer once CONSUMERS warpgroups have released them."""
+def make_ring(tiles, STAGES: gl.constexpr, PRODUCERS: gl.constexpr, CONSUMERS: gl.constexpr):
+    """A ring of tiles (STAGES, ...), full once PRODUCERS have filled their part, empty once CONSUMERS released it."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=PRODUCERS)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     return Ring(tiles, full, empty, STAGES)
 
@@ -103,3 +106,31 @@ def matrix(tile):
     """A tile as (rows, columns): TMA's boxes have leading dimensions of one, and packed heads among the rows."""
     COLUMNS: gl.constexpr = tile.shape[tile.rank - 1]
     return tile.reshape([tile.numel // COLUMNS, COLUMNS])
+
+
+@gluon.jit
+def sequence_bounds(cu_seqlens_ptr, sequence, longest, total, exists):
+    """First packed row of a sequence and its length, clamped so that no offset in memory can cause a stray access."""
+    start = gl.minimum(gl.maximum(gl.load(cu_seqlens_ptr + sequence, mask=exists), 0), total)
+    stop = gl.minimum(gl.maximum(gl.load(cu_seqlens_ptr + sequence + 1, mask=exists), start), total)
+    return start, gl.minimum(stop - start, longest)
+
+
+@gluon.jit
+def clear_rows(rows, valid):
+    """Zero a tile's rows past the sequence: their weights are 0, but 0 times what lies there may be NaN."""
+    CHUNK: gl.constexpr = 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for chunk in gl.static_range(rows.shape[0] // CHUNK):
+        if valid < (chunk + 1) * CHUNK:
+            some = rows.slice(chunk * CHUNK, CHUNK, dim=0)
+            row = chunk * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
+            kept = some.load(layout)
+            some.store(gl.where((row < valid)[:, None], kept, gl.zeros_like(kept)))
+    fence_async_shared()
+
+
+@gluon.jit
+def transposed(ring, step):
+    """The step's tile of a ring as (columns, rows)."""
+    return matrix(ring.tile(step)).permute((1, 0))

@@ -6,18 +6,21 @@ from regard.kernels.tuning import padded_head_dim, table_head_dim
 
 
 class HopperTile(NamedTuple):
-    """A tile of the Gluon kernels: 64 query rows a warpgroup, and a warp more that loads.
+    """A tile of the Gluon forward: 64 query rows a warpgroup, and a warp more that loads.
 
     ``share_q``: the output leaves through the queries' shared memory, where there is no room for both.
     ``take_turns``: the warpgroups start their products one after the other, so that one's softmax meets another's
     products (FlashAttention-3's ping-pong).
+    ``one_loop``: see `hopper_forward.attend_queries`; it saves registers.
     """
 
     block_m: int
     block_n: int
-    num_stages: int
+    key_stages: int
+    value_stages: int
     share_q: bool = False
     take_turns: bool = False
+    one_loop: bool = False
 
     @property
     def max_registers(self) -> int:
@@ -25,15 +28,35 @@ class HopperTile(NamedTuple):
         return 168 if self.block_m == 128 else 128
 
 
+# Three warpgroups hide more of the softmax at head dim 64; two waste less at the diagonal of a short causal call, and
+# have the registers for softcap and ALiBi.
+_TWO_WARPGROUPS_64 = HopperTile(128, 128, 3, 3, one_loop=True)
+_SHORT = 2048
+
 # padded head dim, the larger of D and Dv -> tile
 FORWARD = {
-    64: HopperTile(192, 128, 3, take_turns=True),
-    128: HopperTile(128, 128, 2),
-    256: HopperTile(128, 64, 2, share_q=True),
+    64: HopperTile(192, 128, 3, 3, take_turns=True, one_loop=True),
+    128: HopperTile(128, 128, 2, 2, take_turns=True),
+    256: HopperTile(128, 64, 3, 2, share_q=True, take_turns=True),
 }
 
 
-def forward_tile(head_dim: int, head_dim_v: int) -> HopperTile:
-    """Tile of the Hopper forward."""
-    tile = FORWARD[table_head_dim(max(head_dim, head_dim_v))]
+def forward_tile(head_dim: int, head_dim_v: int, causal: bool, seqlen_k: int, raw: bool) -> HopperTile:
+    """Tile of the Hopper forward.
+
+    Args:
+        head_dim, head_dim_v: D and Dv, at most 256.
+        causal: whether the right side of the band is bounded.
+        seqlen_k: keys of the longest sequence.
+        raw: whether scores need nothing but their scale (no softcap, no ALiBi).
+    """
+    entry = table_head_dim(max(head_dim, head_dim_v))
+    if entry == 64 and (not raw or (causal and seqlen_k <= _SHORT)):
+        return _TWO_WARPGROUPS_64
+    tile = FORWARD[entry]
     return tile._replace(share_q=tile.share_q and padded_head_dim(head_dim) == padded_head_dim(head_dim_v))
+
+
+def backward_block_m(head_dim: int, head_dim_v: int) -> int:
+    """Queries in a tile of the Hopper backward, whose key tile is always 128."""
+    return 128 if max(head_dim, head_dim_v) <= 64 else 64
