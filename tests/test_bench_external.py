@@ -248,6 +248,21 @@ def test_lse_is_the_natural_logarithm(name, monkeypatch):
 # --- Selection
 
 
+def test_what_is_measured_unasked(monkeypatch):
+    for adapter in ADAPTERS:
+        monkeypatch.setattr(type(adapter.package), "installed", lambda self: True)
+    flash_attn_3(monkeypatch)
+    found = peers.available("cuda", "sm90")
+    assert {"flash", "sdpa", "torch-flash", "torch-efficient", "torch-cudnn", "eager", "fa3", "flash_attn"} <= set(
+        found
+    )
+    assert not {"flex", "reference", "cpu", "torch-sdpa"} & set(found)
+    assert "fa3" not in peers.available("cuda", "sm80")
+    assert set(peers.available("cpu", "cpu")) == {"cpu", "sdpa", "torch-sdpa", "eager"}
+    asked = [each.name for each in peers.resolve(["flex", "reference", "flex"], "cuda", "sm90")]
+    assert asked == ["flex", "reference"]
+
+
 def test_no_peer_is_ever_chosen_automatically(registry, monkeypatch):
     for adapter in ADAPTERS:
         monkeypatch.setattr(type(adapter.package), "installed", lambda self: True)

@@ -270,22 +270,25 @@ TORCH_KERNELS = {
 }
 
 
+ON_REQUEST = ("reference", "flex")
+"""Measured only where named: the specification is no competitor, and flex compiles anew for each shape."""
+
+
 def is_ours(name: str) -> bool:
     """Whether an implementation of that name is a backend of this package or of a plug-in, not a peer."""
     return not (name in TORCH_KERNELS or name in ("torch-sdpa", "eager") or name in {each.name for each in ADAPTERS})
 
 
 def available(device: str, arch: str) -> dict[str, Implementation]:
-    """Every implementation that could run on a device, by name, ours first in order of selection.
-
-    The reference is left out: it is the specification, not a competitor (`resolve` finds it by name).
+    """Every implementation that could run on a device but those `ON_REQUEST`, by name, ours first in order of
+    selection.
     """
     plain = AttentionConfig(1, 64, 64, 1, 1, 64, device=device, arch=arch)
     found: dict[str, Implementation] = {}
     adapters = {adapter.name: adapter for adapter in ADAPTERS}
     for name in registry.list_backends():
         interpreted = device == "cpu" and name in ("flash", "hopper")  # as their tests run, not as anybody would
-        if name not in adapters and name != "reference" and not interpreted:
+        if name not in adapters and not interpreted:
             found[name] = OurBackend(name)
     torch_kernels = [TorchKernel("torch-sdpa")] if device == "cpu" else [
         TorchKernel(name, kernel) for name, kernel in TORCH_KERNELS.items()
@@ -295,7 +298,7 @@ def available(device: str, arch: str) -> dict[str, Implementation]:
     return {
         name: each
         for name, each in found.items()
-        if not INAPPLICABLE.intersection(reason.code for reason in each.reasons(plain))
+        if name not in ON_REQUEST and not INAPPLICABLE.intersection(reason.code for reason in each.reasons(plain))
     }
 
 
