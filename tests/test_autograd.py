@@ -237,6 +237,16 @@ def test_vmap_of_packed_sequences_and_gradients_of_vmap():
     torch.testing.assert_close(*(torch.autograd.grad(out, q, seed) for out in (found, looped)))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_jacobian_may_batch_the_gradients():
+    q, k, v = qkv(head_dim=2)
+    batched, looped = (
+        torch.autograd.functional.jacobian(lambda q: regard.attention(q, k, v, backend="fused"), q, vectorize=vectorize)
+        for vectorize in (True, False)
+    )
+    torch.testing.assert_close(batched, looped)
+
+
 def transforms(function, q):
     """By name: derivatives that torch.func or forward-mode differentiation compute."""
 

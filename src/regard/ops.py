@@ -1,4 +1,4 @@
-"""From a chosen backend to its kernel: eager calls go straight there, traced or differentiated ones by a custom op.
+"""From a chosen backend to its kernel: straight, by an autograd function, or by a custom op where a call is traced.
 
 `regard::attention_fwd` and `regard::attention_bwd` are opaque to torch.compile and carry the chosen backend's name, so
 a graph keeps the choice that was made when it was traced.
@@ -430,7 +430,12 @@ class _Attention(torch.autograd.Function):
         out, lse, *tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        found = _AttentionGradient.apply(*ctx.call, grad_out, grad_lse, out, lse, *tensors)  # type: ignore[no-untyped-call]
+        config, backend, strict = ctx.call
+        if is_traced((grad_out, grad_lse)):  # batched gradients, compiled autograd
+            scalars = *_scalars(config), backend, strict
+            found = attention_bwd(grad_out, grad_lse, out, lse, *tensors, *scalars)
+        else:
+            found = _AttentionGradient.apply(*ctx.call, grad_out, grad_lse, out, lse, *tensors)  # type: ignore[no-untyped-call]
         return (None, None, None, *_by_input(found, tensors, ctx.needs_input_grad[3:]))
 
 
