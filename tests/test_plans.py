@@ -209,6 +209,18 @@ def test_what_equals_a_legal_value_is_still_refused(name, wrong):
         regard.attention(**arguments(**{name: wrong}))
 
 
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        *((name, None) for name in "qkv"),
+        *((name, [1.0]) for name in ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks", "kv_lens")),
+    ],
+)
+def test_what_is_no_tensor_is_refused_by_name(name, wrong):
+    with pytest.raises(regard.ConfigError, match=name):
+        regard.attention(**arguments(**{name: wrong}))
+
+
 def test_values_in_index_tensors_are_checked_in_every_call(probe):
     lens = torch.tensor([3, 4], dtype=torch.int32)
     config_of(probe, kv_lens=lens)

@@ -387,7 +387,7 @@ def _shape4(name: str, tensor: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and requires_grad(t) for t in tensors)
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and requires_grad(t) for t in tensors)
 
 
 def _require_tensor(name: str, value: object) -> None:

@@ -79,7 +79,7 @@ def _appearance(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any
         *map(type, options),
         None if window is None else tuple(map(type, window)),
         torch.is_grad_enabled(),
-        torch.get_float32_matmul_precision() if q.dtype == torch.float32 else None,
+        torch.get_float32_matmul_precision() if q is not None and q.dtype == torch.float32 else None,
     )
 
 
