@@ -44,4 +44,5 @@ def check_range(name: str, values: int | Tensor, least: int, most: int, what: st
     else:
         lowest = highest = values
     if lowest < least or highest > most:
-        raise ConfigError(name, f"{what} in {lowest}..{highest}", f"{what} in {least}..{most}")
+        seen = lowest if lowest == highest else f"{what} in {lowest}..{highest}"
+        raise ConfigError(name, seen, f"{what} in {least}..{most}")
