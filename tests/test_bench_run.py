@@ -263,6 +263,13 @@ def test_verdicts_come_from_the_quantiles_and_the_threshold(after, spread, verdi
         assert f"{verdict} {change.percent:+.1f} %" in baselines.describe([change])
 
 
+def test_another_machine_or_torch_is_said():
+    here = {**made_up(1.0), "environment": {"machine": "A", "torch": "2.9", "threads": 2}}
+    there = {**made_up(1.0), "environment": {"machine": "B", "torch": "2.9", "threads": 2}}
+    assert baselines.differences([here], [there]) == ["machine: the baseline has A, this run B"]
+    assert baselines.differences([here], [here]) == []
+
+
 def test_saving_keeps_what_the_baseline_has_of_other_cases():
     baselines.save("main", [made_up(1.0), made_up(2.0, case="b1-s8-h1-d8-fp32")])
     path = baselines.save("main", [made_up(3.0)])

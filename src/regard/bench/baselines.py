@@ -98,6 +98,19 @@ def compare(before: Sequence[Row], after: Sequence[Row], threshold: float) -> li
     return changes
 
 
+_MATTERS = ("machine", "threads", "power_limit_w", "torch", "triton")
+
+
+def differences(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
+    """What besides the code differs between two runs, a sentence each."""
+    found = []
+    for name in _MATTERS:
+        old, new = ({str(row["environment"].get(name)) for row in rows_of} for rows_of in (before, after))
+        if old and new and old != new:
+            found.append(f"{name}: the baseline has {', '.join(sorted(old))}, this run {', '.join(sorted(new))}")
+    return found
+
+
 def describe(changes: Sequence[Change]) -> str:
     """Counts of each verdict, then every change beyond noise, the worst first."""
     if not changes:

@@ -283,6 +283,8 @@ def _finish(outcome: Outcome, html: Path | None, save: str | None, before: Any, 
     if before is not None:
         changes = baselines.compare(before, outcome.rows, threshold)
         typer.echo("\n" + baselines.describe(changes))
+        for sentence in baselines.differences(before, outcome.rows):
+            typer.echo(f"  mind that other things changed too: {sentence}")
         regressed = any(change.verdict == "regressed" for change in changes)
     if save is not None:
         typer.echo(f"saved the baseline {baselines.save(save, outcome.rows)}")
