@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import regard
 from regard import ConfigError
-from regard.bench import baselines, peers, progress, rows, summary
+from regard.bench import baselines, environment, peers, progress, rows, summary
 from regard.bench.measure import Settings
 from regard.bench.run import DeviceLost, Options, run
 from regard.cli import app
@@ -293,6 +293,40 @@ def test_a_regression_fails_the_command_if_asked():
     regressed = command(*arguments, "--out", "c.jsonl", "--compare", "fast", "--fail-on-regression")
     assert regressed.exit_code == 1 and "0 improved, 2 regressed" in regressed.stdout
     assert command(*arguments, "--out", "d.jsonl", "--compare", "fast").exit_code == 0
+
+
+# --- The machine
+
+
+def test_what_nvidia_smi_says_is_recorded(monkeypatch):
+    asked = []
+
+    def output(*words):
+        asked.append(words)
+        return "580.159.04, 700.00, 1980, 3201, [N/A]"
+
+    monkeypatch.setattr(environment, "_output", output)
+    environment._nvidia_smi.cache_clear()
+    assert environment._nvidia_smi(3) == {
+        "driver": "580.159.04", "power_limit_w": 700.0, "max_sm_clock_mhz": 1980.0, "max_memory_clock_mhz": 3201.0,
+        "application_clock_mhz": None,
+    }  # fmt: skip
+    assert asked[0][:2] == ("nvidia-smi", "--id=3")
+    environment._nvidia_smi.cache_clear()
+
+
+def test_without_nvidia_smi_or_git_the_rest_is_recorded(monkeypatch):
+    def missing(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(environment, "_output", missing)
+    environment._nvidia_smi.cache_clear()
+    environment.commit.cache_clear()
+    assert environment._nvidia_smi(0) == {} and environment.commit() is None
+    row = measured(cases=SMALL[:1], commit="abc1234").rows[0]
+    assert row["environment"]["commit"] == "abc1234" and row["environment"]["threads"] == 1
+    environment._nvidia_smi.cache_clear()
+    environment.commit.cache_clear()
 
 
 # --- The command line

@@ -23,6 +23,7 @@ _NVIDIA_FIELDS = {
     "clocks.max.mem": "max_memory_clock_mhz",
     "clocks.applications.graphics": "application_clock_mhz",
 }
+_SIDE = 8192  # of the matrices that keep the GPU busy
 _TIMEOUT = 10  # seconds for nvidia-smi or git
 
 
@@ -49,10 +50,18 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {**facts, "cuda": torch.version.cuda, **_nvidia_smi(device.index or 0)}
 
 
-def clock_mhz(device: torch.device) -> float | None:
-    """The multiprocessors' clock now, or None where nothing tells."""
+def clock_under_load(device: torch.device, flops: float) -> float | None:
+    """The multiprocessors' clock in MHz amid half a second of matrix products, or None where nothing tells.
+
+    Args:
+        device: the GPU.
+        flops: operations a second it does such products at.
+    """
     if device.type != "cuda" or torch.version.hip is not None:
         return None
+    matrix = torch.randn(_SIDE, _SIDE, device=device, dtype=torch.bfloat16)
+    for _ in range(max(1, int(0.5 * flops / (2 * _SIDE**3)))):
+        torch.mm(matrix, matrix)
     with contextlib.suppress(Exception):
         return float(_output("nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.sm",
                              "--format=csv,noheader,nounits"))  # fmt: skip

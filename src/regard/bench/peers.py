@@ -232,7 +232,8 @@ def differentiated(mode: str, call: Call, grad_out: Tensor | None, forward: Call
 
     def both() -> tuple[Tensor, tuple[Tensor, ...]]:
         out = forward()
-        return out.detach(), gradients(out, False)
+        # a bias made ready before the call is part of every call's graph
+        return out.detach(), gradients(out, "bias" in leaves)
 
     return Prepared(both, lambda value: {"out": value[0], **named(value[1])})
 

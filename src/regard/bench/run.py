@@ -319,8 +319,9 @@ class _Cells:
     def _measured_ceilings(self, dtype: str) -> Ceilings:
         if dtype not in self._ceilings:
             self._ceilings[dtype] = measure.measure_ceilings(self._device, DTYPES[dtype])
-            if "sm_clock_mhz" not in self._environment and (clock := environment.clock_mhz(self._device)):
-                self._environment["sm_clock_mhz"] = clock
+            if "sm_clock_mhz" not in self._environment:
+                clock = environment.clock_under_load(self._device, self._ceilings[dtype].flops)
+                self._environment |= {} if clock is None else {"sm_clock_mhz": clock}
         return self._ceilings[dtype]
 
     def _command(self, workload: Workload, implementation: str) -> str:
