@@ -84,7 +84,8 @@ def test_explain_covers_every_field_of_a_config():
         device="cuda", arch="sm90", softmax_scale=0.5, causal=True, window=[None, 3], softcap=20.0,
         mask_shape=[1, 1, 128, 256], bias_shape=[2, 1, 1, 256], bias_dtype="float16", bias_requires_grad=True,
         alibi=True, sinks=True, dropout_p=0.1, varlen=False, total_q=None, total_k=None, kv_lens=True, page_size=16,
-        return_lse=True, requires_grad=True, deterministic=True, q_strides=None, k_strides=None, v_strides=None,
+        return_lse=True, requires_grad=True, deterministic=True, transformed=False, q_strides=None, k_strides=None,
+        v_strides=None,
     )  # fmt: skip
     assert found == expected
     packed = json.loads(run("explain", "--arch", "cpu", "--varlen", "--batch", 3, "--seqlen-q", 10, "--json").output)

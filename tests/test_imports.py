@@ -119,7 +119,8 @@ def test_help_on_usage_needs_no_torch():
 import sys
 from typer.testing import CliRunner
 from regard import cli
-assert CliRunner().invoke(cli.app, ["explain", "--help"]).exit_code == 0
+for command in ("explain", "bench", "report", "profile"):
+    assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
 print(*(name for name in ("torch", "transformers") if name in sys.modules))
 """
     assert in_fresh_python(code) == []
