@@ -131,7 +131,7 @@ class Registry:
         Args:
             backend: an object with the members of `AttentionBackend`.
             priority: automatic selection tries higher numbers first. Built in: hopper 50, cpu 40, flash 30, sdpa 20,
-                reference 0.
+                reference 0, installed peers -10.
 
         Raises:
             ConfigError: a member is missing, the name is empty, reserved or taken.
