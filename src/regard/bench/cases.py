@@ -234,7 +234,8 @@ def default_dtype(device: str) -> str:
 def _quick(device: str) -> Iterator[Workload]:
     dtype = default_dtype(device)
     plain = Workload(dtype=dtype)
-    yield from grid(seqlen=(128, 1024), head_dim=(64, 128), dtype=(dtype,), causal=(False, True))
+    yield from grid(head_dim=(64,), seqlen=(128, 1024), dtype=(dtype,), causal=(False, True))
+    yield from grid(head_dim=(128,), seqlen=(128, 512), dtype=(dtype,), causal=(False, True))
     yield replace(plain, dtype="bf16" if dtype == "fp32" else "fp16", seqlen_q=512, seqlen_k=512, causal=True)
     yield replace(plain, causal=True, window=(128, 0))
     yield replace(plain, mask="11qk")

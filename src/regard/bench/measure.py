@@ -305,7 +305,7 @@ class Ceilings:
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Time a square matrix product of this dtype and a copy that fits no cache."""
     on_cpu = device.type == "cpu"
-    side, size = (768, 64 << 20) if on_cpu else (8192, 1 << 30)
+    side, size = (512, 64 << 20) if on_cpu else (8192, 1 << 30)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
