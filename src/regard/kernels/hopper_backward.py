@@ -22,6 +22,7 @@ from regard.kernels.hopper_pipeline import (
     clear_rows,
     copy_in,
     copy_out,
+    make_companion,
     make_ring,
     matrix,
     optional,
@@ -135,14 +136,13 @@ def load_tiles(call):
             first = block * call.BLOCK_M
             place = [call.plane, head, call.start_q + first, 0]
             call.queries.copy(step, call.q_desc, place)
+            call.grads.copy(step, call.grad_out_desc, place)
             exists = first + row < call.length_q
             row_lse = gl.load(call.row_lse_ptr + terms + first + row, mask=exists, other=float("inf"))
             delta = gl.load(call.delta_ptr + terms + first + row, mask=exists, other=0.0)
-            call.terms.acquire(step)
             call.terms.tile(step).slice(0, call.BLOCK_M).store(-row_lse / (call.scale * LOG2_E))
             call.terms.tile(step).slice(call.BLOCK_M, call.BLOCK_M).store(-delta)
             call.terms.publish(step)
-            call.grads.copy(step, call.grad_out_desc, place)
             step += 1
 
 
@@ -152,33 +152,28 @@ def spread(of_query, zeros):
 
     Copied by an instruction with an effect, for shared registers would be copied between the products they start.
     """
-    tile = of_query[None, :] + zeros
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], gl.float32, False, 1)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [of_query[None, :], zeros], gl.float32, False, 1)
 
 
 @gluon.jit
-def softmax_gradient(
-    s, dp, key, query, shift, length_k, slope, scale, window_left, right_reach, MASKED: gl.constexpr
-):  # fmt: skip
+def softmax_gradient(s, dp, key, query, shift, length_k, slope, scale, window_left, right_reach, edge):
     """P and dS (but for the scale) of a tile whose rows are keys and whose columns are queries.
 
-    ``s`` is S - lse / scale, ``dp`` is dP - delta.
+    ``s`` is S - lse / scale, ``dp`` is dP - delta; ``edge``: whether some pair may be hidden.
     """
     distance = query[None, :] + shift - key[:, None]
-    logits = s * (scale * LOG2_E)
-    if slope is not None:
-        logits -= slope * LOG2_E * gl.abs(distance).to(gl.float32)
-    p = gl.exp2(logits)
-    ds = p * dp
-    if MASKED:
+    if edge:
         visible = key[:, None] < length_k
         if right_reach is not None:
             visible = visible & (distance > -right_reach)
         if window_left is not None:
             visible = visible & (distance <= window_left)
-        p = gl.where(visible, p, 0.0)
-        ds = gl.where(visible, ds, 0.0)
-    return p, ds
+        s = gl.where(visible, s, float("-inf"))
+    logits = s * (scale * LOG2_E)
+    if slope is not None:
+        logits -= slope * LOG2_E * gl.abs(distance).to(gl.float32)
+    p = gl.exp2(logits)
+    return p, p * dp
 
 
 @gluon.jit
@@ -187,9 +182,7 @@ def accumulate(WARPGROUP: gl.constexpr, call):
     HEAD_DIM: gl.constexpr = call.q_desc.block_type.shape[3]
     HEAD_DIM_V: gl.constexpr = call.v_desc.block_type.shape[3]
     dtype: gl.constexpr = call.k_tile.dtype
-    # dQ is parted by rows where there are 64 for each warpgroup, else by columns.
-    BY_ROWS: gl.constexpr = call.BLOCK_M == 128
-    DQ_COLUMNS: gl.constexpr = HEAD_DIM if BY_ROWS else HEAD_DIM // 2
+    DQ_COLUMNS: gl.constexpr = call.dq_desc.block_type.shape[3]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM_V, 16])
@@ -211,10 +204,11 @@ def accumulate(WARPGROUP: gl.constexpr, call):
     v = matrix(call.v_tile)
     my_k = k.slice(my_key, KEYS, dim=0)
     my_v = v.slice(my_key, KEYS, dim=0)
-    dq_tile = call.dq_tiles.index(WARPGROUP)
 
     group = call.heads // call.heads_kv
     step = 0
+    last_head = 0 * call.head_k
+    last_row = 0 * call.head_k
     mbarrier.wait(call.loaded, 0)
     if call.UNCLEAN:
         clear_rows(my_k, call.length_k - call.first_key - my_key)
@@ -224,70 +218,83 @@ def accumulate(WARPGROUP: gl.constexpr, call):
         slope = None
         if call.alibi_ptr is not None:
             slope = gl.load(call.alibi_ptr + call.sequence * call.heads + head)
-        block = call.low
-        for part in gl.static_range(3):
-            # right edge, interior, left edge: one body, masked at the edges only
-            if part == 1 or (part == 0 and call.right_reach is not None) or (
-                part == 2 and (call.window_left is not None or call.RAGGED)
-            ):  # fmt: skip
-                bound = call.full_low if part == 0 else (call.full_high if part == 1 else call.high)
-                while block < bound:
-                    call.terms.wait(step)
-                    terms = call.terms.tile(step)
-                    # The products start from what is to be taken off them: exp2(S * scale - lse) and dP - delta.
-                    minus_lse = spread(terms.slice(0, call.BLOCK_M).load(of_queries), zeros)
-                    minus_delta = spread(terms.slice(call.BLOCK_M, call.BLOCK_M).load(of_queries), zeros)
-                    call.queries.wait(step)
-                    s = warpgroup_mma(my_k, transposed(call.queries, step), minus_lse, is_async=True)
-                    call.grads.wait(step)
-                    dp = warpgroup_mma(my_v, transposed(call.grads, step), minus_delta, is_async=True)
-                    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-                    call.terms.release(step)
-                    p, ds = softmax_gradient(
-                        s, dp, key, block * call.BLOCK_M + column, shift, call.length_k, slope, call.scale,
-                        call.window_left, call.right_reach, part != 1,
-                    )  # fmt: skip
-                    narrow_p = gl.convert_layout(p.to(dtype), p_layout)
-                    dv = warpgroup_mma(narrow_p, matrix(call.grads.tile(step)), dv, is_async=True)
-                    narrow_ds = ds.to(dtype)
-                    call.scores.acquire(step)
-                    call.scores.tile(step).slice(my_key, KEYS, dim=0).store(narrow_ds)
-                    fence_async_shared()
-                    call.scores.publish(step)
-                    dk = warpgroup_mma(
-                        gl.convert_layout(narrow_ds, ds_layout), matrix(call.queries.tile(step)), dk, is_async=True
-                    )
-                    call.scores.wait(step)
-                    ds_of_queries = transposed(call.scores, step)
-                    if BY_ROWS:
-                        dq = warpgroup_mma(
-                            ds_of_queries.slice(WARPGROUP * 64, 64, dim=0), k, zeros_dq, use_acc=False,
-                            is_async=True,
-                        )  # fmt: skip
-                    else:
-                        dq = warpgroup_mma(
-                            ds_of_queries, k.slice(WARPGROUP * DQ_COLUMNS, DQ_COLUMNS, dim=1), zeros_dq,
-                            use_acc=False, is_async=True,
-                        )  # fmt: skip
-                    dv, dk = warpgroup_mma_wait(1, deps=(dv, dk))
-                    call.grads.release(step)
-                    call.queries.release(step)
-                    dq = warpgroup_mma_wait(0, deps=(dq,))
-                    call.scores.release(step)
-                    tma.store_wait(0)
-                    matrix(dq_tile).store(dq)
-                    fence_async_shared()
-                    first_row = call.start_q + block * call.BLOCK_M
-                    if BY_ROWS:
-                        reduce_out(call.dq_desc, [call.plane, head, first_row + WARPGROUP * 64, 0], dq_tile)
-                    else:
-                        reduce_out(call.dq_desc, [call.plane, head, first_row, WARPGROUP * DQ_COLUMNS], dq_tile)
-                    block += 1
-                    step += 1
+        for block in range(call.low, call.high):
+            edge = False
+            if call.RAGGED or call.window_left is not None or call.right_reach is not None:
+                edge = (block < call.full_low) | (block >= call.full_high)
+            call.terms.wait(step)
+            terms = call.terms.tile(step)
+            # The products start from what is to be taken off them: exp2(S * scale - lse) and dP - delta.
+            minus_lse = spread(terms.slice(0, call.BLOCK_M).load(of_queries), zeros)
+            minus_delta = spread(terms.slice(call.BLOCK_M, call.BLOCK_M).load(of_queries), zeros)
+            call.queries.wait(step)
+            s = warpgroup_mma(my_k, transposed(call.queries, step), minus_lse, is_async=True)
+            call.grads.wait(step)
+            dp = warpgroup_mma(my_v, transposed(call.grads, step), minus_delta, is_async=True)
+            s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+            p, ds = softmax_gradient(
+                s, dp, key, block * call.BLOCK_M + column, shift, call.length_k, slope, call.scale,
+                call.window_left, call.right_reach, edge,
+            )  # fmt: skip
+            narrow_p = gl.convert_layout(p.to(dtype), p_layout)
+            narrow_ds = ds.to(dtype)
+            call.scores.acquire(step)
+            call.scores.tile(step).slice(my_key, KEYS, dim=0).store(narrow_ds)
+            fence_async_shared()
+            call.scores.publish(step)
+            dv = warpgroup_mma(narrow_p, matrix(call.grads.tile(step)), dv, is_async=True)
+            dk = warpgroup_mma(
+                gl.convert_layout(narrow_ds, ds_layout), matrix(call.queries.tile(step)), dk, is_async=True
+            )
+            # dQ comes a step late, so that neither warpgroup waits for the other's dS.
+            if step > 0:
+                call.scores.wait(step - 1)
+            dq = query_gradient(call, WARPGROUP, step + 1, zeros_dq)
+            dv, dk = warpgroup_mma_wait(1, deps=(dv, dk))
+            call.queries.release(step)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            if step > 0:
+                add_query_gradient(call, WARPGROUP, step - 1, dq, last_head, last_row)
+            last_head = head
+            last_row = call.start_q + block * call.BLOCK_M
+            step += 1
+    if step > 0:
+        call.scores.wait(step - 1)
+        dq = query_gradient(call, WARPGROUP, step - 1, zeros_dq)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        add_query_gradient(call, WARPGROUP, step - 1, dq, last_head, last_row)
     store_gradient(call.dk_desc, call.dk_ptr, call, my_key, (dk * call.scale).to(dtype), call.k_tile, step,
                    call.HEAD_DIM)  # fmt: skip
     store_gradient(call.dv_desc, call.dv_ptr, call, my_key, dv.to(dtype), call.v_tile, step, call.HEAD_DIM_V)
     tma.store_wait(0)
+
+
+@gluon.jit
+def query_gradient(call, WARPGROUP: gl.constexpr, step, zeros):
+    """Consumer: start dQ = dS K for a warpgroup's part: 64 rows where there are as many for each, else half the columns."""
+    COLUMNS: gl.constexpr = call.dq_desc.block_type.shape[3]
+    ds = transposed(call.scores, step)
+    k = matrix(call.k_tile)
+    if call.BLOCK_M == 128:
+        ds = ds.slice(WARPGROUP * 64, 64, dim=0)
+    else:
+        k = k.slice(WARPGROUP * COLUMNS, COLUMNS, dim=1)
+    return warpgroup_mma(ds, k, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def add_query_gradient(call, WARPGROUP: gl.constexpr, step, dq, head, first_row):
+    """Consumer: have TMA add a part of dQ to what other key tiles gave."""
+    COLUMNS: gl.constexpr = call.dq_desc.block_type.shape[3]
+    call.scores.release(step)
+    tile = call.dq_tiles.index(WARPGROUP)
+    tma.store_wait(0)
+    matrix(tile).store(dq)
+    fence_async_shared()
+    if call.BLOCK_M == 128:
+        reduce_out(call.dq_desc, [call.plane, head, first_row + WARPGROUP * 64, 0], tile)
+    else:
+        reduce_out(call.dq_desc, [call.plane, head, first_row, WARPGROUP * COLUMNS], tile)
 
 
 @gluon.jit
@@ -345,10 +352,12 @@ def attention_backward(
     VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
     UNCLEAN: gl.constexpr = VARLEN or kv_lens_ptr is not None
     # With a causal bound the first keys are seen by most queries: the longest programs come first.
+    # Those of one head are neighbours, and read the same queries from L2.
     program = gl.program_id(0)
-    head_k = program % heads_kv
-    sequence = program // heads_kv % batch
-    first_key = program // (heads_kv * batch) * BLOCK_N
+    blocks_n = gl.cdiv(seqlen_k, BLOCK_N)
+    first_key = program % blocks_n * BLOCK_N
+    head_k = program // blocks_n % heads_kv
+    sequence = program // blocks_n // heads_kv
     start_q = 0 * program
     start_k = 0 * program
     length_q = seqlen_q + start_q
@@ -367,9 +376,9 @@ def attention_backward(
     low, full_low, full_high, high = query_blocks(first_key, length_q, length_k, window_left, right_reach, BLOCK_M)
 
     queries = make_ring(stages_for(q_desc, STAGES), STAGES, 1, 2)
-    grads = make_ring(stages_for(grad_out_desc, STAGES), STAGES, 1, 2)
+    grads = make_companion(queries, stages_for(grad_out_desc, STAGES), 1)
     terms_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    terms = make_ring(gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], terms_layout), STAGES, 1, 2)
+    terms = make_companion(queries, gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], terms_layout), 1)
     scores_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], q_desc.dtype)
     scores = make_ring(gl.allocate_shared_memory(q_desc.dtype, [2, BLOCK_N, BLOCK_M], scores_layout), 2, 2, 2)
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

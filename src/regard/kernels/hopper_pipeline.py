@@ -96,6 +96,15 @@ def make_ring(tiles, STAGES: gl.constexpr, PRODUCERS: gl.constexpr, CONSUMERS: g
 
 
 @gluon.jit
+def make_companion(ring, tiles, PRODUCERS: gl.constexpr):
+    """A ring whose stages are filled on their own and go back together with those of ``ring``."""
+    full = gl.allocate_shared_memory(gl.int64, [ring.STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(ring.STAGES):
+        mbarrier.init(full.index(stage), count=PRODUCERS)
+    return Ring(tiles, full, ring.empty, ring.STAGES)
+
+
+@gluon.jit
 def stages_for(desc, STAGES: gl.constexpr):
     """Shared memory for STAGES tiles of a descriptor."""
     return gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
