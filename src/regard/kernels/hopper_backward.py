@@ -1,10 +1,10 @@
 """The Hopper flash-attention backward in Gluon: dK and dV of a key tile in registers, dQ added to memory by TMA.
 
 Dao 2023, "FlashAttention-2", algorithm 2, with the roles of Shah et al. 2024, "FlashAttention-3": a producer warp
-streams the queries that see a key tile; two consumer warpgroups keep 64 keys each, with keys as the rows of S and dP, so
-that P and dS feed the products for dV and dK from registers. dS also goes to shared memory, where both warpgroups read
-it for a part of dQ each. Query heads of one key/value head follow each other, so that dK and dV are summed over the
-group in registers.
+streams the queries that see a key tile; two consumer warpgroups keep 64 keys each, with keys as the rows of S and dP,
+so that P and dS feed the products for dV and dK from registers. dS also goes to shared memory, where both warpgroups
+read it for a part of dQ each. Query heads of one key/value head follow each other, so that dK and dV are summed over
+the group in registers.
 """
 
 from triton.experimental import gluon
@@ -271,7 +271,7 @@ def accumulate(WARPGROUP: gl.constexpr, call):
 
 @gluon.jit
 def query_gradient(call, WARPGROUP: gl.constexpr, step, zeros):
-    """Consumer: start dQ = dS K for a warpgroup's part: 64 rows where there are as many for each, else half the columns."""
+    """Consumer: start a warpgroup's part of dQ = dS K: 64 rows where there are 64 for each, else half the columns."""
     COLUMNS: gl.constexpr = call.dq_desc.block_type.shape[3]
     ds = transposed(call.scores, step)
     k = matrix(call.k_tile)

@@ -153,9 +153,7 @@ def load_tiles(call):
             block_m = blocks_m - 1 - block_m  # the longest rows first
         first = block_m * POSITIONS
         last = gl.minimum(first + POSITIONS, length_q) - 1
-        low, full_low, full_high, high = key_blocks(
-            first, last, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_N
-        )
+        low, _, _, high = key_blocks(first, last, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_N)
         schedule(call.records, tile, high, low, first, head, sequence, start_q, length_q, length_k)
 
         plane = sequence
@@ -418,54 +416,58 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
         first += WARPGROUP * (ROWS // call.PACK)
         position = first + row // call.PACK
         q_head = head * call.PACK + row % call.PACK
-        if call.sinks_ptr is not None:
-            # A sink is a key without a value (Xiao et al. 2023, "attention sinks").
-            sink = gl.load(call.sinks_ptr + q_head).to(gl.float32) * LOG2_E
-            with_sink = gl.maximum(row_max, sink)
-            decay = gl.exp2(row_max - with_sink)
-            row_sum = row_sum * decay + gl.exp2(sink - with_sink)
-            row_max = with_sink
-        nothing_visible = row_sum == 0.0
-        inverse = 1.0 / gl.where(nothing_visible, 1.0, row_sum)
-        lse = gl.where(nothing_visible, float("-inf"), (row_max + gl.log2(row_sum)) * LN_2)
-        if call.sinks_ptr is not None:
-            inverse = inverse * decay
-        exists = position < length_q
+        inverse, lse = finish_softmax(row_max, row_sum, call.sinks_ptr, q_head)
         lse_row = (sequence * (call.heads * call.PACK) + q_head).to(gl.int64) * call.seqlen_q + position
         if VARLEN:
             lse_row = q_head.to(gl.int64) * call.total_q + start_q + position
-        gl.store(call.lse_ptr + lse_row, lse, mask=exists)
+        gl.store(call.lse_ptr + lse_row, lse, mask=position < length_q)
 
         acc = warpgroup_mma_wait(0, deps=(acc,))
         call.values.release(step - 1)
         out = (acc * gl.convert_layout(inverse, row_o)[:, None]).to(dtype)
         if VARLEN:
-            # TMA would write past the end of the sequence, into the next one.
-            out_row = gl.arange(0, ROWS, layout=row_o)
-            dim = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, o_layout))
-            place = (
-                (start_q + first + out_row // call.PACK).to(gl.int64) * (call.heads * call.PACK)
-                + head * call.PACK
-                + out_row % call.PACK
-            )
-            inside = (first + out_row // call.PACK < length_q)[:, None] & (dim < call.HEAD_DIM_V)[None, :]
-            gl.store(call.out_ptr + place[:, None] * call.HEAD_DIM_V + dim[None, :], out, mask=inside)
-            if call.SHARE_Q:
-                call.queries.release(tile * WARPGROUPS + WARPGROUP)
+            store_packed_rows(call, out, head, start_q + first, length_q - first)
         else:
             tma.store_wait(0)
             matrix(out_tile).store(out)
             fence_async_shared()
             copy_out(call.out_desc, [sequence, head, first, 0, 0], out_tile)
-            if call.SHARE_Q:
-                tma.store_wait(0)
-                call.queries.release(tile * WARPGROUPS + WARPGROUP)
+        if call.SHARE_Q:
+            tma.store_wait(0)
+            call.queries.release(tile * WARPGROUPS + WARPGROUP)
         if LEFT:
             step = skip_blocks(call, step, my_low - low, WARPGROUP)
         tile += 1
         call.records.wait(tile)
         high, low, first, head, sequence, start_q, length_q, length_k = read_record(call.records, tile)
     tma.store_wait(0)
+
+
+@gluon.jit
+def finish_softmax(row_max, row_sum, sinks_ptr, q_head):
+    """What the rows' sums of weighted values are multiplied by in the end, and lse (natural log)."""
+    decay = 1.0
+    if sinks_ptr is not None:
+        # A sink is a key without a value (Xiao et al. 2023, "attention sinks").
+        sink = gl.load(sinks_ptr + q_head).to(gl.float32) * LOG2_E
+        with_sink = gl.maximum(row_max, sink)
+        decay = gl.exp2(row_max - with_sink)
+        row_sum = row_sum * decay + gl.exp2(sink - with_sink)
+        row_max = with_sink
+    nothing_visible = row_sum == 0.0
+    inverse = decay / gl.where(nothing_visible, 1.0, row_sum)
+    return inverse, gl.where(nothing_visible, float("-inf"), (row_max + gl.log2(row_sum)) * LN_2)
+
+
+@gluon.jit
+def store_packed_rows(call, out, head, first_row, count):
+    """Write the rows of a tile that exist: TMA would write past the end of the sequence, into the next one."""
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out.type.layout))
+    dim = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, out.type.layout))
+    heads = call.heads * call.PACK
+    place = (first_row + row // call.PACK).to(gl.int64) * heads + head * call.PACK + row % call.PACK
+    inside = (row // call.PACK < count)[:, None] & (dim < call.HEAD_DIM_V)[None, :]
+    gl.store(call.out_ptr + place[:, None] * call.HEAD_DIM_V + dim[None, :], out, mask=inside)
 
 
 @gluon.jit
@@ -521,8 +523,8 @@ def attention_forward(
     fence_async_shared()
     call = Call(
         q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, counter_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-        kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, total_k, section, scale, softcap,
-        window_left, right_reach, queries, keys, values, records, out_tiles, clean, turns,
+        kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, total_k, section, scale,
+        softcap, window_left, right_reach, queries, keys, values, records, out_tiles, clean, turns,
         HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, SEQUENCES, RAGGED, SHARE_Q, TAKE_TURNS, ONE_LOOP,
     )  # fmt: skip
     if WARPGROUPS == 2:

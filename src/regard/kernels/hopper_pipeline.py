@@ -33,11 +33,11 @@ def record(cls):
     """A device-side record of the class's annotated fields, made from their values in order."""
     names = tuple(cls.__annotations__)
 
-    def __init__(self, *values):
+    def construct(self, *values):
         for name, field in zip(names, values, strict=True):
             setattr(self, name, field if isinstance(field, gl.base_value) else gl.constexpr(field))
 
-    cls.__init__ = gluon.constexpr_function(__init__)
+    cls.__init__ = gluon.constexpr_function(construct)
     return aggregate(cls)
 
 
@@ -107,7 +107,7 @@ def make_companion(ring, tiles, PRODUCERS: gl.constexpr):
 @gluon.jit
 def stages_for(desc, STAGES: gl.constexpr):
     """Shared memory for STAGES tiles of a descriptor."""
-    return gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
+    return gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)  # noqa: RUF005  (Gluon has no starred lists)
 
 
 @gluon.jit

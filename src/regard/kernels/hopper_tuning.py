@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from regard.kernels.tuning import padded_head_dim, table_head_dim
 
+ROWS = 64
+"""Query rows of a warpgroup in the forward, key rows in the backward: as many as one wgmma covers."""
+
 
 class HopperTile(NamedTuple):
     """A tile of the Gluon forward: 64 query rows a warpgroup, and a warp more that loads.
