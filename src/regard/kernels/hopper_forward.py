@@ -117,7 +117,7 @@ def load_tiles(call):
         # Tiles up to the end of each sequence, in the registers of this warp.
         slot = gl.arange(0, call.SEQUENCES, layout=gl.BlockedLayout([call.SEQUENCES // 32], [32], [1], [0]))
         exists = slot < call.batch
-        _, lengths = sequence_bounds(call.cu_seqlens_q_ptr, slot, call.seqlen_q, call.total_q, exists)
+        _starts, lengths = sequence_bounds(call.cu_seqlens_q_ptr, slot, call.seqlen_q, call.total_q, exists)
         lengths = gl.where(exists, lengths, 0)
         tile_ends = gl.associative_scan(gl.cdiv(lengths, POSITIONS) * call.heads, 0, _add)
         total = gl.max(tile_ends, 0)
@@ -153,7 +153,9 @@ def load_tiles(call):
             block_m = blocks_m - 1 - block_m  # the longest rows first
         first = block_m * POSITIONS
         last = gl.minimum(first + POSITIONS, length_q) - 1
-        low, _, _, high = key_blocks(first, last, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_N)
+        low, _full_low, _full_high, high = key_blocks(
+            first, last, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_N
+        )
         schedule(call.records, tile, high, low, first, head, sequence, start_q, length_q, length_k)
 
         plane = sequence
