@@ -1,8 +1,8 @@
 """Compile a kernel launch for a GPU that is not there and read what it costs: registers, shared memory, spills.
 
 Works from the launcher's own arguments on meta tensors, specialised as Triton's JIT would (None, 1 and constexprs
-compiled in, divisibility by 16 noted), so that what is checked is what ships. What differs between Triton versions or
-vendors is dealt with here and nowhere else.
+compiled in, divisibility by 16 noted, TMA descriptors by their block and layout), so that what is checked is what
+ships. What differs between Triton versions or vendors is dealt with here and nowhere else.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def compile_launch(kernel: Any, arguments: Mapping[str, Any], options: Mapping[s
             if arch.startswith("gfx"):  # as the JIT does for tensors below 2 GiB: selects buffer loads
                 attributes[path].append(["tt.pointer_range", 32])
             return "*" + TYPE_NAMES[value.dtype]
+        if hasattr(value, "block_shape"):  # a TMA descriptor: only Gluon launches have them
+            return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
         if isinstance(value, float):
             return "fp32"
         if value % 16 == 0:
@@ -76,8 +78,17 @@ def compile_launch(kernel: Any, arguments: Mapping[str, Any], options: Mapping[s
 
     for index, name in enumerate(kernel.arg_names):
         signature[name] = describe((index,), arguments[name], declared[name])
-    source = ASTSource(kernel, signature, constexprs, attributes)
+    source = _source_class(kernel)(kernel, signature, constexprs, attributes)
     return triton.compile(source, target=target_of(arch), options=dict(options))
+
+
+def _source_class(kernel: Any) -> Any:
+    """What Triton compiles a kernel's source as: Gluon's starts at a lower level of its IRs."""
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource  # exported one level up by newer versions
+
+    return GluonASTSource
 
 
 def footprint(compiled: Any, arch: str) -> Footprint:
@@ -97,15 +108,40 @@ def footprint(compiled: Any, arch: str) -> Footprint:
     return Footprint(registers, shared, spills, "+".join(sorted(kinds)))
 
 
+def has_tma(compiled: Any) -> bool:
+    """Whether an NVIDIA kernel copies tiles with TMA."""
+    return "cp.async.bulk.tensor" in compiled.asm["ptx"]
+
+
+def wgmma_serializations(compiled: Any, arch: str) -> list[str]:
+    """What ptxas says of wgmma instructions that it could not leave asynchronous (advisories C7510 and its like).
+
+    Each means that products no longer overlap with anything.
+    """
+    from triton.backends.nvidia.compiler import get_ptxas  # which one it is depends on Triton's version
+
+    capability = target_of(arch).arch
+    ptxas = get_ptxas(capability).path
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        # wgmma belongs to the features of one architecture alone, which is what the "a" asks for.
+        said = _output_of(ptxas, "-v", f"--gpu-name=sm_{capability}a", str(ptx), "-o", str(cubin))
+    return sorted(set(re.findall(r"C75\d\d[^\n]*", said)))
+
+
 def _cubin_usage(cubin: bytes) -> str:
     """`cuobjdump -res-usage` of a cubin, with the tool that Triton's wheel brings."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
-    return done.stdout
+        return _output_of(str(tool), "-res-usage", file.name)
+
+
+def _output_of(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    return done.stdout + done.stderr
 
 
 def _number(pattern: str, text: str) -> int:
