@@ -34,9 +34,10 @@ class Launch(NamedTuple):
     arguments: Mapping[str, Any]
     options: Mapping[str, int]
 
-    def run(self, device: torch.device) -> None:
+    def run(self, device: torch.device) -> Any:
+        """Launch, and return the compiled kernel."""
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[(self.programs,)](**self.arguments, **self.options)
+            return self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 class FlashBackend:
