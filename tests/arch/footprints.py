@@ -24,10 +24,12 @@ from typing import Any, NamedTuple
 import torch
 
 from regard import AttentionConfig, AttentionInputs
-from regard.backends import flash
+from regard.backends import flash, hopper
 from regard.kernels import tuning
 
 RECORDS = Path(__file__).parent / "recorded"
+
+_MULTIPROCESSORS = 132  # of an H100 or H200; no kernel is compiled for their number
 
 KIB = 1024
 SHARED_LIMIT = {
@@ -45,27 +47,30 @@ MATRIX_INSTRUCTIONS = {
 
 
 class Kernel(NamedTuple):
-    """A kernel under the gate: its tile table, and its launch (kernel, arguments, options) for a call."""
+    """A kernel under the gate: its tile table (the Hopper kernels' cases are written out instead), and its launch
+    (kernel, arguments, options) for a call."""
 
     table: Mapping[tuple[str, int, int], tuple[tuning.Rule, ...]]
     launch: Callable[[AttentionConfig, AttentionInputs], tuple[Any, Mapping[str, Any], Mapping[str, int]]]
 
 
 def _forward(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-    out = inputs.q.new_empty((*inputs.q.shape[:-1], config.head_dim_v))
-    lse = inputs.q.new_empty(config.total_q or config.batch, config.heads_q, config.seqlen_q, dtype=torch.float32)
-    if config.varlen:
-        lse = inputs.q.new_empty(config.heads_q, config.total_q, dtype=torch.float32)
-    launch = flash.forward_launch(config, inputs, out, lse)
+    launch = flash.forward_launch(config, inputs, *_outputs(config, inputs))
     return launch.kernel, launch.arguments, launch.options
+
+
+def _outputs(config: AttentionConfig, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of a call."""
+    lse_shape = (config.heads_q, config.total_q) if config.varlen else (config.batch, config.heads_q, config.seqlen_q)
+    out = inputs.q.new_empty((*inputs.q.shape[:-1], config.head_dim_v))
+    return out, inputs.q.new_empty(lse_shape, dtype=torch.float32)  # type: ignore[arg-type]
 
 
 def _backward(index: int, fused: bool = False) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[str, int]]]:
     """Launch ``index`` of the backward."""
 
     def launch(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-        grad_out = inputs.q.new_empty((*inputs.q.shape[:-1], config.head_dim_v))
-        lse = inputs.q.new_empty(config.batch, config.heads_q, config.seqlen_q, dtype=torch.float32)
+        grad_out, lse = _outputs(config, inputs)
         tile = flash.fused_tile(config, inputs, grad_out) if fused else None
         gradients = inputs._replace(q=inputs.q.float()) if fused else inputs
         launches = flash.backward_launches(config, inputs, grad_out, lse, lse, gradients, tile)
@@ -76,12 +81,30 @@ def _backward(index: int, fused: bool = False) -> Callable[..., tuple[Any, Mappi
     return launch
 
 
+def _hopper_forward(
+    config: AttentionConfig, inputs: AttentionInputs
+) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
+    counter = inputs.q.new_empty(2, dtype=torch.int32)
+    launch = hopper.forward_launch(config, inputs, *_outputs(config, inputs), counter, _MULTIPROCESSORS)
+    return launch.kernel, launch.arguments, launch.options
+
+
+def _hopper_backward(
+    config: AttentionConfig, inputs: AttentionInputs
+) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
+    grad_out, lse = _outputs(config, inputs)
+    launch = hopper.backward_launch(config, inputs, grad_out, lse, lse, inputs.q.float(), inputs.k, inputs.v)
+    return launch.kernel, launch.arguments, launch.options
+
+
 KERNELS = {
     "forward": Kernel(tuning.FORWARD, _forward),
     "backward-keys": Kernel(tuning.BACKWARD_KEYS, _backward(0)),
     "backward-queries": Kernel(tuning.BACKWARD_QUERIES, _backward(1)),
     "backward-bias": Kernel({}, _backward(2)),
     "backward-fused": Kernel(tuning.BACKWARD_FUSED, _backward(0, fused=True)),
+    "hopper-forward": Kernel({}, _hopper_forward),
+    "hopper-backward": Kernel({}, _hopper_backward),
 }
 
 
@@ -113,6 +136,30 @@ HEAD_DIMS: dict[str, dict[str, Any]] = {
     "d80": dict(head_dim=80, causal=True),
     "d192-dv128": dict(head_dim=192, head_dim_v=128, causal=True),
 }
+_HOPPER_EVERYTHING: dict[str, Any] = dict(
+    varlen=True, total_q=_ODD, total_k=_ODD, heads_kv=2, window=(128, 64), alibi=True, sinks=True
+)
+HOPPER_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "hopper-forward": [
+        ("d64 plain", dict(head_dim=64)),
+        ("d64 causal", dict(head_dim=64, causal=True)),
+        ("d64 causal k4096", dict(head_dim=64, causal=True, seqlen_q=4096, seqlen_k=4096)),
+        ("d128 causal", dict(head_dim=128, causal=True)),
+        ("d128 causal", dict(head_dim=128, causal=True, dtype=torch.float16)),
+        ("d128 packed-gqa", dict(head_dim=128, causal=True, heads_kv=2)),
+        ("d192-dv128", dict(head_dim=192, head_dim_v=128, causal=True)),
+        ("d256 causal", dict(head_dim=256, causal=True)),
+        ("d128 everything", dict(head_dim=128, softcap=30.0, **_HOPPER_EVERYTHING)),
+    ],
+    "hopper-backward": [
+        ("d64 plain", dict(head_dim=64)),
+        ("d64 causal", dict(head_dim=64, causal=True)),
+        ("d128 plain", dict(head_dim=128)),
+        ("d128 causal", dict(head_dim=128, causal=True)),
+        ("d128 everything", dict(head_dim=128, **_HOPPER_EVERYTHING)),
+    ],
+}
+"""Calls that between them compile every tile and every feature of the Gluon kernels."""
 
 
 def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
@@ -126,6 +173,10 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             **{**sizes, "dtype": dtype, "device": "cuda", "arch": arch, **options}  # type: ignore[arg-type]
         )
 
+    if kernel in HOPPER_CASES:
+        for name, options in HOPPER_CASES[kernel] if arch == "sm90" else ():
+            add(name, **{"dtype": torch.bfloat16, **options})
+        return made
     for (entry_arch, itemsize, head_dim), rules in KERNELS[kernel].table.items():
         if entry_arch != arch:
             continue
@@ -165,14 +216,26 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
 
 
 def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
-    """Compile one case and return its record: the tile it runs with and its `Footprint`."""
-    from regard.bench.cross_compile import compile_launch, footprint, meta_inputs
+    """Compile one case and return its record: the tile it runs with and its `Footprint`; of a Gluon kernel also whether
+    it copies with TMA, and what ptxas says of wgmma instructions that it serialized."""
+    from regard.bench.cross_compile import (
+        compile_launch,
+        footprint,
+        has_tma,
+        meta_inputs,
+        tile_of,
+        wgmma_serializations,
+    )
 
     kernel, arguments, options = KERNELS[name.split()[0]].launch(config, meta_inputs(config))
     arch = tuning.table_architecture(config.arch)
     assert arch is not None
-    tile = f"{arguments['BLOCK_M']}x{arguments['BLOCK_N']} w{options['num_warps']} s{options['num_stages']}"
-    return {"tile": tile, **footprint(compile_launch(kernel, arguments, options, arch), arch)._asdict()}
+    compiled = compile_launch(kernel, arguments, options, arch)
+    block, stages = tile_of(arguments, options)
+    record = {"tile": f"{block} w{compiled.metadata.num_warps} s{stages}", **footprint(compiled, arch)._asdict()}
+    if kernel.is_gluon():
+        record |= {"tma": has_tma(compiled), "serialized": wgmma_serializations(compiled, arch)}
+    return record
 
 
 @contextlib.contextmanager
@@ -214,6 +277,9 @@ def faults(config: AttentionConfig, seen: Mapping[str, Any], recorded: Mapping[s
         found.append(f"no matrix instruction: found {seen['matrix'] or 'none'}, expected {' or '.join(sorted(kinds))}")
     if config.dtype == torch.float32 and arch.startswith("sm") and seen["matrix"]:
         found.append(f"float32 products use {seen['matrix']}, which rounds them to tf32 unasked")
+    if not seen.get("tma", True):
+        found.append("no TMA: found no cp.async.bulk.tensor in the PTX")
+    found += [f"ptxas serializes wgmma: {sentence}" for sentence in seen.get("serialized", ())]
     if recorded is None:
         return [*found, f"no record of this case (seen: {describe(seen)}); record it with footprints.py --write"]
     for figure, unit in (("spills", "bytes a thread"), ("shared", "bytes")):

@@ -91,6 +91,15 @@ def _source_class(kernel: Any) -> Any:
     return GluonASTSource
 
 
+def tile_of(arguments: Mapping[str, Any], options: Mapping[str, int]) -> tuple[str, int]:
+    """A launch's tile, BLOCK_M x BLOCK_N or "" where it has none, and the depth of its pipeline."""
+    sizes = [arguments.get(name) for name in ("BLOCK_M", "BLOCK_N")]
+    stages = [options.get("num_stages"), arguments.get("KEY_STAGES"), arguments.get("STAGES")]
+    if sizes[1] is None and "k_desc" in arguments:  # a constant of the Hopper backward
+        sizes[1] = arguments["k_desc"].block_shape[2]
+    return "x".join(str(size) for size in sizes if size), next(stage for stage in stages if stage is not None)
+
+
 def footprint(compiled: Any, arch: str) -> Footprint:
     """Read a compiled kernel's resource use and its matrix instructions from the artefacts."""
     # AMD's .group_segment_fixed_size reads 0 for Triton kernels; the metadata holds the LDS on both vendors.
