@@ -1,0 +1,396 @@
+"""What the `hopper` backend refuses, what it is chosen for, and what it tells TMA. Its kernels need a GPU of their own."""
+
+import dataclasses
+import importlib.util
+import itertools
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from regard import AttentionConfig, AttentionInputs, FallbackWarning, Registry
+from regard.backends import hopper, register_builtin_backends
+from regard.backends.hopper import HopperBackend
+from regard.bench.cross_compile import meta_inputs
+from regard.kernels import hopper_tuning, tuning
+
+MULTIPROCESSORS = 132
+SHARED_LIMIT = 227 * 1024
+HEAD_DIMS = range(8, 257, 8)
+CONFIG = AttentionConfig(
+    batch=2, seqlen_q=512, seqlen_k=512, heads_q=8, heads_kv=8, head_dim=64, dtype=torch.bfloat16, device="cuda",
+    arch="sm90",
+)  # fmt: skip
+
+
+def config(**options):
+    made = dataclasses.replace(CONFIG, head_dim_v=options.get("head_dim", 64), softmax_scale=0.125)
+    return dataclasses.replace(made, **options)
+
+
+PACKED = dict(varlen=True, total_q=700, total_k=600)
+
+
+# --- What it refuses
+
+
+@pytest.mark.parametrize(
+    "options, code, sentence",
+    [
+        (dict(dtype=torch.float32), "dtype", "got float32, needs float16 or bfloat16"),
+        (dict(dtype=torch.float64), "dtype_float64", "got float64, needs float16 or bfloat16"),
+        (dict(head_dim=60), "head_dim", "got 60, needs a multiple of 8, at most 256"),
+        (dict(head_dim=264), "head_dim", "got 264, needs a multiple of 8, at most 256"),
+        (dict(head_dim_v=68), "head_dim", "got 68, needs a multiple of 8"),
+        (dict(arch="sm100"), "arch", "got sm100, needs sm90"),
+        (dict(arch="gfx942"), "arch", "got gfx942, needs sm90"),
+        (dict(device="cpu", arch="cpu"), "device", "got cpu, needs cuda"),
+        (dict(mask_shape=(1, 1, 512, 512)), "mask", "got a mask, needs causal, window or lengths"),
+        (dict(bias_shape=(1, 8, 512, 512), bias_dtype=torch.bfloat16), "bias", "got a bias, needs ALiBi slopes"),
+        (dict(dropout_p=0.25), "dropout", "got dropout_p=0.25, needs 0"),
+        (dict(softmax_scale=-0.5), "softmax_scale", "got -0.5, needs a positive number"),
+        (dict(softmax_scale=0.0), "softmax_scale", "got 0.0, needs a positive number"),
+        (dict(requires_grad=True, deterministic=True), "deterministic", "got deterministic=True, needs False"),
+        (dict(requires_grad=True, softcap=30.0), "backward", "got a gradient through softcap, needs softcap=0"),
+        (dict(requires_grad=True, head_dim=136), "backward", "got a gradient at head dim 136, needs at most 128"),
+        (dict(requires_grad=True, head_dim_v=256), "backward", "got a gradient at head dim 256, needs at most 128"),
+    ],
+)  # fmt: skip
+def test_what_it_cannot_serve_has_one_reason(options, code, sentence):
+    (reason,) = HopperBackend().unsupported_reasons(config(**options))
+    assert reason.code == code
+    assert str(reason).startswith(f"{code}: {sentence}")
+
+
+def test_reasons_add_up():
+    reasons = HopperBackend().unsupported_reasons(
+        config(arch="sm80", dtype=torch.float32, head_dim=257, head_dim_v=129, dropout_p=0.5, requires_grad=True,
+               softcap=1.0, deterministic=True)
+    )  # fmt: skip
+    codes = [reason.code for reason in reasons]
+    assert codes == ["arch", "dtype", "head_dim", "head_dim", "dropout", "backward", "backward", "deterministic"]
+
+
+def test_triton_must_be_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (reason,) = HopperBackend().unsupported_reasons(CONFIG)
+    assert str(reason).startswith("not_installed: got no triton, needs triton >= 3.6")
+
+
+# --- What it is chosen for
+
+SERVED = {
+    "plain": {},
+    "fp16": dict(dtype=torch.float16),
+    "causal": dict(causal=True),
+    "window": dict(window=(128, 64)),
+    "gqa": dict(heads_kv=2),
+    "lengths": dict(kv_lens=True),
+    "varlen": PACKED,
+    "softcap": dict(softcap=30.0),
+    "sinks": dict(sinks=True),
+    "alibi": dict(alibi=True),
+    "head dims": dict(head_dim=192, head_dim_v=128),
+    "head dim 256": dict(head_dim=256),
+    "deterministic forward": dict(deterministic=True),
+    "gradient": dict(requires_grad=True, causal=True, heads_kv=2, sinks=True, alibi=True, head_dim=128),
+    "gradient of packed sequences": dict(requires_grad=True, window=(128, 64), **PACKED),
+    "everything": dict(causal=True, window=(128, None), heads_kv=2, softcap=30.0, sinks=True, alibi=True, **PACKED),
+}
+LEFT_TO_FLASH = {
+    "mask": (dict(mask_shape=(1, 1, 512, 512)), "mask: got a mask"),
+    "bias": (dict(bias_shape=(1, 1, 512, 512), bias_dtype=torch.bfloat16), "bias: got a bias"),
+    "dropout": (dict(dropout_p=0.1), "dropout: got dropout_p=0.1"),
+    "paged": (dict(kv_lens=True, page_size=16), "kv_layout: got paged keys and values, needs contiguous"),
+    "fp32": (dict(dtype=torch.float32), "dtype: got float32"),
+    "deterministic": (dict(requires_grad=True, deterministic=True), "deterministic: got deterministic=True"),
+    "odd head dim": (dict(head_dim=60), "head_dim: got 60"),
+    "wide gradient": (dict(requires_grad=True, head_dim=256), "backward: got a gradient at head dim 256"),
+}
+
+
+@pytest.fixture
+def builtin(registry) -> Registry:
+    register_builtin_backends(registry)
+    return registry
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_hopper_serves(builtin, case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        assert builtin.select(config(**SERVED[case])).backend == "hopper"
+
+
+@pytest.mark.parametrize("case", LEFT_TO_FLASH)
+def test_flash_serves_the_rest_and_says_so(builtin, case):
+    options, sentence = LEFT_TO_FLASH[case]
+    with pytest.warns(FallbackWarning) as said:
+        selection = builtin.select(config(**options))
+    assert selection.backend == "flash" and selection.passed_over[0][0] == "hopper"
+    (message,) = (str(warning.message) for warning in said)
+    assert "'flash' serves" in message and f"instead of 'hopper', which cannot: {sentence}" in message
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm100", "gfx942"])
+def test_other_gpus_pass_it_over_in_silence(builtin, arch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        assert builtin.select(config(arch=arch)).backend == "flash"
+
+
+# --- What TMA can follow
+
+
+def stored(*shape, dtype=torch.bfloat16):
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).to(dtype).view(shape)
+
+
+FOLLOWED = {
+    "bshd": stored(2, 5, 3, 16),
+    "bhsd": stored(2, 3, 5, 16).transpose(1, 2),
+    "one of q, k and v in a row": stored(2, 5, 3, 4, 16)[:, :, 1],
+    "heads of a wider row": stored(2, 5, 3, 48)[..., 16:32],
+    "a slice of a cache": stored(4, 9, 3, 16)[1:3, 2:7],
+    "packed": stored(11, 3, 16),
+    "packed heads first": stored(3, 11, 16).transpose(0, 1),
+    "float32": stored(2, 5, 3, 4, dtype=torch.float32),
+}
+NOT_FOLLOWED = {
+    "heads without a stride": stored(2, 5, 1, 16).expand(2, 5, 3, 16),
+    "batch without a stride": stored(1, 5, 3, 16).expand(2, 5, 3, 16),
+    "rows of 24 bytes": stored(2, 5, 3, 12)[..., :8],
+    "batches of 72 bytes": torch.as_strided(stored(200), (2, 2, 2, 8), (36, 16, 8, 1)),
+    "every other element": stored(2, 5, 3, 32)[..., ::2],
+    "head dim not innermost": stored(2, 5, 16, 8).transpose(2, 3),
+    "starts between addresses": stored(2 * 5 * 3 * 16 + 8)[4:-4].view(2, 5, 3, 16),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_what_tma_can_follow_is_not_copied(case):
+    assert hopper._readable_by_tma(FOLLOWED[case]) is FOLLOWED[case]
+
+
+@pytest.mark.parametrize("case", NOT_FOLLOWED)
+def test_what_tma_cannot_follow_is_copied(case):
+    tensor = NOT_FOLLOWED[case]
+    copied = hopper._readable_by_tma(tensor)
+    assert copied.is_contiguous() and copied.data_ptr() % 16 == 0
+    assert copied.data_ptr() != tensor.data_ptr() and torch.equal(copied, tensor)
+
+
+# --- What a launch says
+
+
+def forward_arguments(called, given=None):
+    """Arguments of the forward's launch; on the inputs given, or without storage."""
+    given = meta_inputs(called) if given is None else given
+    out = given.q.new_empty((*given.q.shape[:-1], called.head_dim_v))
+    lse = given.q.new_empty(1, dtype=torch.float32)
+    counter = given.q.new_empty(2, dtype=torch.int32)
+    return hopper.forward_launch(called, given, out, lse, counter, MULTIPROCESSORS).arguments
+
+
+def backward_arguments(called, given=None):
+    given = meta_inputs(called) if given is None else given
+    grad_out = given.q.new_empty((*given.q.shape[:-1], called.head_dim_v))
+    terms = given.q.new_empty(1, dtype=torch.float32)
+    dq = torch.zeros_like(given.q, dtype=torch.float32, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (given.k, given.v))
+    return hopper.backward_launch(called, given, grad_out, terms, terms, dq, dk, dv).arguments
+
+
+def tile_bytes(descriptor):
+    return torch.Size(descriptor.block_shape).numel() * descriptor.base.element_size()
+
+
+BARRIERS = 1024
+"""Bytes beside the tiles, at most: barriers, tile records, alignment."""
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_forward_tiles_fit_in_shared_memory(head_dim):
+    for head_dim_v in HEAD_DIMS:
+        for options in ({}, dict(causal=True), dict(causal=True, seqlen_k=8192), dict(softcap=1.0)):
+            said = forward_arguments(config(head_dim=head_dim, head_dim_v=head_dim_v, **options))
+            blocks = [said[name].block_shape for name in ("q_desc", "k_desc", "v_desc", "out_desc")]
+            assert blocks[0][-1] == blocks[1][-1] >= head_dim and blocks[2][-1] == blocks[3][-1] >= head_dim_v
+            warpgroups = said["BLOCK_M"] // hopper_tuning.ROWS
+            needed = warpgroups * tile_bytes(said["q_desc"]) + said["KEY_STAGES"] * tile_bytes(said["k_desc"])
+            needed += said["VALUE_STAGES"] * tile_bytes(said["v_desc"])
+            needed += 0 if said["SHARE_Q"] else warpgroups * tile_bytes(said["out_desc"])
+            assert needed + BARRIERS <= SHARED_LIMIT, (head_dim_v, options)
+            if said["SHARE_Q"]:
+                assert said["q_desc"].block_shape == said["out_desc"].block_shape, "they lie in one place"
+
+
+@pytest.mark.parametrize("head_dim", [d for d in HEAD_DIMS if d <= hopper.MAX_BACKWARD_HEAD_DIM])
+def test_backward_tiles_fit_in_shared_memory(head_dim):
+    for head_dim_v in HEAD_DIMS[: hopper.MAX_BACKWARD_HEAD_DIM // 8]:
+        said = backward_arguments(config(head_dim=head_dim, head_dim_v=head_dim_v, requires_grad=True))
+        assert said["k_desc"].block_shape[-1] >= head_dim and said["v_desc"].block_shape[-1] >= head_dim_v
+        block_n = said["k_desc"].block_shape[2]
+        scores = 2 * block_n * said["BLOCK_M"] * 2
+        streamed = tile_bytes(said["q_desc"]) + tile_bytes(said["grad_out_desc"]) + 2 * said["BLOCK_M"] * 4
+        needed = tile_bytes(said["k_desc"]) + tile_bytes(said["v_desc"]) + said["STAGES"] * streamed
+        assert needed + scores + 2 * tile_bytes(said["dq_desc"]) + BARRIERS <= SHARED_LIMIT, head_dim_v
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_dim_has_a_tile_that_a_multiprocessor_holds(head_dim):
+    flags = (False, True)
+    for causal, seqlen_k, raw in itertools.product(flags, (1, 2048, 2049, 2**20), flags):
+        tile = hopper_tuning.forward_tile(head_dim, head_dim, causal, seqlen_k, raw)
+        warpgroups = tile.block_m // hopper_tuning.ROWS
+        assert tile.block_m % hopper_tuning.ROWS == 0 and warpgroups in (2, 3), "the kernel specializes into 2 or 3"
+        assert (warpgroups + 1) * 128 * tile.max_registers <= 65536, "with the loading warp's group"
+        assert tile.key_stages >= 2 and tile.value_stages >= 2, "a product overlaps with the next tile's softmax"
+
+
+PACKS = {1: 1, 2: 2, 3: 1, 4: 4, 5: 1, 6: 2, 7: 1, 8: 8, 9: 1, 10: 2, 11: 1, 12: 4, 128: 64}
+
+
+@pytest.mark.parametrize("group", PACKS)
+def test_query_heads_of_one_key_head_share_a_tile(group):
+    said = forward_arguments(config(heads_q=3 * group, heads_kv=3))
+    pack = PACKS[group]
+    assert (said["PACK"], said["heads"], said["group"]) == (pack, 3 * group // pack, group // pack)
+    for name in ("q_desc", "out_desc"):
+        assert said[name].shape == [2, 3 * group // pack, 512, pack, 64]
+        assert said[name].block_shape == [1, 1, 64 // pack, pack, 64]
+    assert said["section"] % said["group"] == 0, "heads that share keys stay together"
+
+
+def test_packed_heads_take_fewer_programs():
+    def programs(heads_q, heads_kv, **options):
+        called = config(heads_q=heads_q, heads_kv=heads_kv, batch=1, **options)
+        given = meta_inputs(called)
+        lse, counter = given.q.new_empty(1, dtype=torch.float32), given.q.new_empty(2, dtype=torch.int32)
+        return hopper.forward_launch(called, given, torch.empty_like(given.q), lse, counter, MULTIPROCESSORS).programs
+
+    assert programs(8, 1, seqlen_q=1) == 1
+    assert programs(8, 8, seqlen_q=1) == 8
+    assert programs(64, 64, seqlen_q=4096) == MULTIPROCESSORS, "persistent: one program a multiprocessor"
+
+
+def inputs(layout, heads_q=4, heads_kv=2, head_dim=16, head_dim_v=32):
+    def made(heads, columns):
+        if layout == "packed":
+            return stored(21, heads, columns)
+        return stored(2, 9, heads, columns) if layout == "bshd" else stored(2, heads, 9, columns).transpose(1, 2)
+
+    q, k, v = made(heads_q, head_dim), made(heads_kv, head_dim), made(heads_kv, head_dim_v)
+    offsets = torch.tensor([0, 8, 21], dtype=torch.int32) if layout == "packed" else None
+    options = dict(varlen=True, total_q=21, total_k=21) if layout == "packed" else {}
+    called = config(batch=2, seqlen_q=13 if layout == "packed" else 9, seqlen_k=13 if layout == "packed" else 9,
+                    heads_q=heads_q, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v, **options)  # fmt: skip
+    return called, AttentionInputs(q, k, v, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+
+
+def seen(descriptor):
+    """The tensor that TMA sees through a descriptor."""
+    return torch.as_strided(descriptor.base, descriptor.shape, descriptor.strides)
+
+
+def by_head(tensor):
+    """(B, H, S, D), packed sequences (1, H, total, D)."""
+    return (tensor if tensor.ndim == 4 else tensor[None]).transpose(1, 2)
+
+
+LAYOUTS = ("bshd", "bhsd", "packed")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_descriptors_of_the_forward(layout):
+    called, given = inputs(layout)
+    said = forward_arguments(called, given)
+    for name, tensor in (("q_desc", given.q), ("k_desc", given.k), ("v_desc", given.v)):
+        assert said[name].base is tensor, "no copy"
+    queries = by_head(given.q)
+    assert torch.equal(seen(said["q_desc"]), queries.unflatten(1, (2, 2)).transpose(2, 3)), "two heads a tile"
+    assert torch.equal(seen(said["k_desc"]), by_head(given.k))
+    assert torch.equal(seen(said["v_desc"]), by_head(given.v))
+    assert said["out_desc"].shape == [*said["q_desc"].shape[:-1], 32]
+    assert [said[name].block_shape[-1] for name in ("q_desc", "k_desc", "v_desc", "out_desc")] == [16, 16, 32, 32]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_descriptors_of_the_backward(layout):
+    called, given = inputs(layout)
+    said = backward_arguments(called, given)
+    for name, tensor in (("q_desc", given.q), ("k_desc", given.k), ("v_desc", given.v)):
+        assert said[name].base is tensor, "no copy"
+        assert torch.equal(seen(said[name]), by_head(tensor))
+    shapes = {"grad_out": (given.q, 32), "dq": (given.q, 16), "dk": (given.k, 16), "dv": (given.v, 32)}
+    for name, (like, columns) in shapes.items():
+        assert seen(said[f"{name}_desc"]).shape == (*by_head(like).shape[:-1], columns)
+    assert said["dq_desc"].base.dtype == torch.float32 and said["dk_desc"].base is said["dk_ptr"]
+
+
+def test_descriptors_of_calls_that_look_alike_point_at_their_own_tensors():
+    first, second = inputs("bshd")[1], inputs("bshd")[1]
+    called = inputs("bshd")[0]
+    said = [forward_arguments(called, given)["k_desc"] for given in (first, second)]
+    assert said[0].base is first.k and said[1].base is second.k
+
+
+def test_an_expanded_key_head_is_copied_for_tma():
+    called, given = inputs("bshd", heads_kv=4)
+    keys = stored(2, 9, 1, 16).expand(2, 9, 4, 16)
+    descriptor = forward_arguments(called, given._replace(k=keys))["k_desc"]
+    assert descriptor.base is not keys and torch.equal(seen(descriptor), by_head(keys))
+
+
+@pytest.mark.parametrize(
+    "options, left, reach",
+    [
+        ({}, None, None),
+        (dict(causal=True), None, 1),
+        (dict(window=(7, 3)), 7, 4),
+        (dict(window=(7, 3), causal=True), 7, 1),
+        (dict(window=(None, 3)), None, 4),
+    ],
+)
+@pytest.mark.parametrize("arguments", [forward_arguments, backward_arguments])
+def test_the_band(arguments, options, left, reach):
+    said = arguments(config(**options))
+    assert (said["window_left"], said["right_reach"]) == (left, reach)
+
+
+def test_features_that_are_off_are_compiled_out():
+    said = forward_arguments(CONFIG)
+    pointers = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr", "alibi_ptr", "sinks_ptr", "softcap")
+    assert all(said[name] is None for name in pointers) and not said["RAGGED"]
+
+
+def test_features_that_are_on():
+    called = config(alibi=True, sinks=True, softcap=30.0, kv_lens=True)
+    given = meta_inputs(called)
+    said = forward_arguments(called, given)
+    assert said["kv_lens_ptr"] is given.kv_lens and said["sinks_ptr"] is given.sinks and said["softcap"] == 30.0
+    assert said["alibi_ptr"].shape == (2, 8) and said["alibi_ptr"].is_contiguous(), "slopes for every sequence"
+    assert said["RAGGED"] and forward_arguments(config(seqlen_k=509))["RAGGED"]
+
+
+@pytest.mark.parametrize("sequences, slots", [(1, 32), (32, 32), (33, 64), (100, 128)])
+def test_slots_for_packed_sequences(sequences, slots):
+    said = forward_arguments(config(batch=sequences, **PACKED))
+    assert said["SEQUENCES"] == slots and said["cu_seqlens_q_ptr"].shape == (sequences + 1,)
+    assert forward_arguments(config(batch=100))["SEQUENCES"] == 32
+
+
+def test_heads_that_share_l2():
+    def section(seqlen_k, **options):
+        return forward_arguments(config(seqlen_k=seqlen_k, **options))["section"]
+
+    assert section(4096) == 32 * 2**20 // (4096 * 128 * 2)
+    assert section(2**20) == 1
+    assert section(2**20, heads_q=24, heads_kv=8) == 3, "a key head's queries stay together"
+
+
+def test_table_covers_every_padded_head_dim():
+    assert set(hopper_tuning.FORWARD) == set(tuning.HEAD_DIMS)
+    assert {hopper_tuning.backward_block_m(d, d) for d in HEAD_DIMS if d <= 128} == {64, 128}
