@@ -114,28 +114,26 @@ def _backward_reasons(config: AttentionConfig) -> list[Reason]:
 
 def _forward(config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
     """Launch the forward, or repeat the launch of a call that looked the same."""
-    device = inputs.q.device
+    q, k, v, _, _, slopes, sinks, cu_seqlens_q, cu_seqlens_k, kv_lens, _, _ = inputs
+    device = q.device
     counter = _counter(device)
-    key = ("hopper forward", device.index, *(t is None or t.data_ptr() % 16 == 0 for t in inputs[6:10]))
+    if slopes is not None:
+        slopes = _slopes(config, slopes)
+    others = (cu_seqlens_q, cu_seqlens_k, kv_lens, slopes, sinks)
+    key = ("hopper forward", device.index, *[t is None or t.data_ptr() % 16 == 0 for t in others])
     known: _Repetition | None = config.prepared.get(key)
     if known is None:
         launch = forward_launch(config, inputs, out, lse, counter, _multiprocessors(device))
-        config.prepared[key] = _Repetition(launch, launch.run(device))
+        config.prepared[key] = _Repetition(launch, launch.run(device), _FORWARD_TENSORS)
     else:
-        known.run(
-            q_desc=_readable_by_tma(inputs.q),
-            k_desc=_readable_by_tma(inputs.k),
-            v_desc=_readable_by_tma(inputs.v),
-            out_desc=out,
-            out_ptr=out,
-            lse_ptr=lse,
-            counter_ptr=counter,
-            cu_seqlens_q_ptr=inputs.cu_seqlens_q,
-            cu_seqlens_k_ptr=inputs.cu_seqlens_k,
-            kv_lens_ptr=inputs.kv_lens,
-            alibi_ptr=_slopes(config, inputs),
-            sinks_ptr=inputs.sinks,
-        )
+        q, k, v = _readable_by_tma(q), _readable_by_tma(k), _readable_by_tma(v)
+        known.run((q, k, v, out), (out, lse, counter, *others))
+
+
+_FORWARD_TENSORS = (
+    "out_ptr", "lse_ptr", "counter_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr", "alibi_ptr",
+    "sinks_ptr",
+)  # fmt: skip
 
 
 class _Repetition:
@@ -144,19 +142,28 @@ class _Repetition:
     It goes past Triton's JIT, which would look over some forty arguments anew to find the kernel that is already known.
     """
 
-    def __init__(self, launch: Launch, compiled: Any) -> None:
+    def __init__(self, launch: Launch, compiled: Any, tensors: Sequence[str]) -> None:
+        """``tensors``: names of the arguments that are plain tensors, in the order that `run` takes them."""
+        names = list(launch.arguments)
         self._launch = compiled[(launch.programs, 1, 1)]
-        self._values = {
-            name: None if isinstance(value, Tensor) else _without_tensor(value) if name.endswith("_desc") else value
-            for name, value in launch.arguments.items()
-        }
-
-    def run(self, **tensors: Tensor | None) -> None:
-        values = self._values | tensors
-        for name, descriptor in self._values.items():
+        self._places = [names.index(name) for name in tensors]
+        self._values = [None if name in tensors else value for name, value in launch.arguments.items()]
+        self._descriptors = []
+        for place, name in enumerate(names):
             if name.endswith("_desc"):
-                values[name] = _with_tensor(descriptor, tensors[name])
-        self._launch(*values.values())
+                self._values[place] = None
+                self._descriptors.append((place, {**launch.arguments[name].__dict__, "base": None}))
+        self._type = type(launch.arguments["q_desc"])
+
+    def run(self, described: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> None:
+        """Launch on these tensors: those behind descriptors, and the others."""
+        values = self._values.copy()
+        for place, tensor in zip(self._places, tensors, strict=True):
+            values[place] = tensor
+        for (place, fields), tensor in zip(self._descriptors, described, strict=True):
+            values[place] = descriptor = object.__new__(self._type)
+            descriptor.__dict__ = {**fields, "base": tensor}
+        self._launch(*values)
 
 
 def forward_launch(
@@ -269,7 +276,7 @@ def _shared_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[
         cu_seqlens_q_ptr=inputs.cu_seqlens_q,
         cu_seqlens_k_ptr=inputs.cu_seqlens_k,
         kv_lens_ptr=inputs.kv_lens,
-        alibi_ptr=_slopes(config, inputs),
+        alibi_ptr=None if inputs.alibi_slopes is None else _slopes(config, inputs.alibi_slopes),
         batch=config.batch,
         seqlen_q=config.seqlen_q,
         seqlen_k=config.seqlen_k,
@@ -282,10 +289,9 @@ def _shared_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[
     )
 
 
-def _slopes(config: AttentionConfig, inputs: AttentionInputs) -> Tensor | None:
-    if inputs.alibi_slopes is None:
-        return None
-    return inputs.alibi_slopes.float().expand(config.batch, config.heads_q).contiguous()
+def _slopes(config: AttentionConfig, slopes: Tensor) -> Tensor:
+    """ALiBi slopes as (B, Hq) fp32."""
+    return slopes.float().expand(config.batch, config.heads_q).contiguous()
 
 
 def _wanted(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -299,12 +305,16 @@ def _cut(config: AttentionConfig, block_n: int) -> bool:
 
 def _readable_by_tma(tensor: Tensor) -> Tensor:
     """The tensor itself where TMA can follow its strides, else a contiguous copy."""
-    size = tensor.element_size()
-    *outer, last = tensor.stride()
-    follows = last == 1 and all(stride > 0 and stride * size % _TMA_BYTES == 0 for stride in outer)
-    if follows and (tensor.is_meta or tensor.data_ptr() % _TMA_BYTES == 0):
+    aligned = tensor.is_meta or tensor.data_ptr() % _TMA_BYTES == 0
+    if aligned and _strides_suit_tma(tensor.stride(), tensor.element_size()):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=1024)
+def _strides_suit_tma(strides: tuple[int, ...], size: int) -> bool:
+    *outer, last = strides
+    return last == 1 and all(stride > 0 and stride * size % _TMA_BYTES == 0 for stride in outer)
 
 
 def _query_descriptor(tensor: Tensor, pack: int, block_d: int) -> Any:
@@ -346,14 +356,10 @@ def _template(shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int
     return TensorDescriptor(nowhere, list(shape), list(strides), list(block), layout)
 
 
-def _with_tensor(descriptor: Any, tensor: Tensor | None) -> Any:
+def _with_tensor(descriptor: Any, tensor: Tensor) -> Any:
     made = object.__new__(type(descriptor))
     made.__dict__ = {**descriptor.__dict__, "base": tensor}
     return made
-
-
-def _without_tensor(descriptor: Any) -> Any:
-    return _with_tensor(descriptor, None)
 
 
 @functools.cache
@@ -361,7 +367,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[tuple[int, int], Tensor] = {}
 
 
 def _counter(device: torch.device) -> Tensor:
@@ -371,7 +377,7 @@ def _counter(device: torch.device) -> Tensor:
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     known = _counters.get(key)
     if known is None:
         known = _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
