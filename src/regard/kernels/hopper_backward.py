@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from regard.kernels.hopper_pipeline import (
+    SIZES,
     Ring,
     clear_rows,
     copy_in,
@@ -316,7 +317,7 @@ def store_gradient(desc, ptr, call, my_key: gl.constexpr, gradient, tile, step, 
         copy_out(desc, [call.plane, call.head_k, start, 0], tile.slice(my_key, KEYS, dim=2))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def attention_backward(
     q_desc,  # (B, Hq, Sq, D), packed sequences (1, Hq, total_q, D)
     k_desc,  # (B, Hk, Sk, D), packed (1, Hk, total_k, D)

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from regard.kernels.hopper_pipeline import (
+    SIZES,
     Ring,
     clear_rows,
     copy_out,
@@ -472,7 +473,7 @@ def store_packed_rows(call, out, head, first_row, count):
     gl.store(call.out_ptr + place[:, None] * call.HEAD_DIM_V + dim[None, :], out, mask=inside)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def attention_forward(
     q_desc,  # (B, Hq / PACK, Sq, PACK, D), packed sequences (1, Hq / PACK, total_q, PACK, D)
     k_desc,  # (B, Hk, Sk, D), packed (1, Hk, total_k, D)

@@ -26,6 +26,9 @@ else:
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
+SIZES = ("batch", "heads", "heads_kv", "group", "seqlen_q", "seqlen_k", "total_q", "total_k", "section")
+"""Arguments for whose values no kernel is compiled anew."""
+
 optional = gl.tensor | gl.constexpr  # Triton turns arguments that are 1 or None into constants
 
 
