@@ -96,15 +96,8 @@ class FlashBackend:
         row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
         found = {name: new(getattr(inputs, name), memory_format=torch.contiguous_format) for name in ("q", "k", "v")}
         row_terms_launch(config, inputs, out, grad_out, lse, grad_lse, row_lse, delta).run(grad_out.device)
-        dq = found["q"]
-        fused = fused_tile(config, inputs, grad_out)
-        if fused is not None:
-            found["q"] = torch.zeros_like(dq, dtype=torch.float32)
-        gradients = inputs._replace(**found)
-        for launch in backward_launches(config, inputs, grad_out, row_lse, delta, gradients, fused):
+        for launch in backward_launches(config, inputs, grad_out, row_lse, delta, inputs._replace(**found)):
             launch.run(grad_out.device)
-        if fused is not None:
-            found["q"] = torch.mul(found["q"], config.softmax_scale, out=dq)
         if inputs.bias is not None and config.bias_requires_grad:
             if inputs.bias.shape[3] == 1:
                 found["bias"] = _summed_over_keys(inputs, row_lse, delta, grad_lse).sum_to_size(inputs.bias.shape)
@@ -124,13 +117,13 @@ def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor
     """
     from regard.kernels.forward import attention_forward
 
-    tile = _tile_of(config, tuning.FORWARD, _aligned(inputs.k) and _aligned(inputs.v))
+    tile = _tile(config, tuning.FORWARD, _aligned(inputs.k) and _aligned(inputs.v))
     arguments = dict(
         **_score_arguments(config, inputs),
         **_tile_arguments(config, tile, config.seqlen_k % tile.block_n != 0),
         out_ptr=out,
         lse_ptr=lse,
-        sinks_ptr=inputs.sinks,
+        sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
         block_table_ptr=inputs.block_table,
         out_strides=_strides4(out),
         lse_strides=_lse_strides(lse),
@@ -179,13 +172,6 @@ def row_terms_launch(
     return Launch(row_terms, programs, arguments, dict(num_warps=4, num_stages=1))
 
 
-def fused_tile(config: AttentionConfig, inputs: AttentionInputs, grad_out: Tensor) -> tuning.Tile | None:
-    """The tile of the pass that adds up dQ in whatever order programs come to it, or None for two passes."""
-    if config.deterministic:
-        return None
-    return _tile(config, tuning.BACKWARD_FUSED, _all_aligned(inputs, grad_out))
-
-
 def backward_launches(
     config: AttentionConfig,
     inputs: AttentionInputs,
@@ -193,9 +179,8 @@ def backward_launches(
     row_lse: Tensor,
     delta: Tensor,
     gradients: AttentionInputs,
-    fused: tuning.Tile | None,
 ) -> list[Launch]:
-    """The launches that fill q, k and v of ``gradients``; a ``fused`` one adds to a float32 q, but for the scale."""
+    """The launches that fill q, k and v of ``gradients``: dK and dV, then dQ."""
     from regard.kernels.backward import backward_keys, backward_queries
 
     def arguments(tile: tuning.Tile, cut: bool) -> dict[str, Any]:
@@ -214,17 +199,14 @@ def backward_launches(
         )
 
     aligned = _all_aligned(inputs, grad_out)
-    tile = fused or _tile_of(config, tuning.BACKWARD_KEYS, aligned)
+    tile = _tile(config, tuning.BACKWARD_KEYS, aligned)
     cut = config.seqlen_k % tile.block_n != 0 or config.seqlen_q % tile.block_m != 0
     programs = -(-config.seqlen_k // tile.block_n) * config.batch * config.heads_kv
-    keys = arguments(tile, cut)
-    if fused is not None:
-        return [_launch(backward_keys, programs, keys, tile)]
-    launches = [_launch(backward_keys, programs, {**keys, "dq_ptr": None}, tile)]
-    tile = _tile_of(config, tuning.BACKWARD_QUERIES, aligned)
+    keys = _launch(backward_keys, programs, arguments(tile, cut), tile)
+    tile = _tile(config, tuning.BACKWARD_QUERIES, aligned)
     programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q
-    queries = arguments(tile, config.seqlen_k % tile.block_n != 0)
-    return [*launches, _launch(backward_queries, programs, queries, tile)]
+    cut = config.seqlen_k % tile.block_n != 0
+    return [keys, _launch(backward_queries, programs, arguments(tile, cut), tile)]
 
 
 def bias_launch(
@@ -243,7 +225,7 @@ def bias_launch(
     dbias = inputs.bias.new_empty(
         (batch, heads, rows, seqlen_k), dtype=torch.float32 if sum_rows else inputs.bias.dtype
     )
-    tile = _tile_of(config, tuning.BACKWARD_QUERIES, _all_aligned(inputs, grad_out))._replace(num_stages=1)
+    tile = _tile(config, tuning.BACKWARD_QUERIES, _all_aligned(inputs, grad_out))._replace(num_stages=1)
     arguments = dict(
         **_score_arguments(config, inputs),
         **_tile_arguments(config, tile, True),
@@ -289,7 +271,7 @@ def _launch(kernel: Any, programs: int, arguments: Mapping[str, Any], tile: tuni
     return Launch(kernel, programs, wanted, dict(num_warps=tile.num_warps, num_stages=tile.num_stages))
 
 
-def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool) -> tuning.Tile | None:
+def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool) -> tuning.Tile:
     left, right = _bounded_band(config)
     return tuning.select_tile(
         table,
@@ -301,13 +283,6 @@ def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool) -> tu
         triton_version(),
         aligned,
     )
-
-
-def _tile_of(config: AttentionConfig, table: tuning.TileTable, aligned: bool) -> tuning.Tile:
-    """The tile from a table that has one for every call."""
-    tile = _tile(config, table, aligned)
-    assert tile is not None
-    return tile
 
 
 def _score_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:

@@ -119,8 +119,11 @@ def _forward(config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse:
     counter = _counter(device)
     if slopes is not None:
         slopes = _slopes(config, slopes)
+    if sinks is not None:
+        sinks = sinks.contiguous()
     others = (cu_seqlens_q, cu_seqlens_k, kv_lens, slopes, sinks)
-    key = ("hopper forward", device.index, *[t is None or t.data_ptr() % 16 == 0 for t in others])
+    # Where q, k and v start decides whether TMA reads them or compact copies, with strides of their own.
+    key = ("hopper forward", device.index, *[t is None or t.data_ptr() % 16 == 0 for t in (q, k, v, *others)])
     known: _Repetition | None = config.prepared.get(key)
     if known is None:
         launch = forward_launch(config, inputs, out, lse, counter, _multiprocessors(device))
@@ -197,7 +200,7 @@ def forward_launch(
         out_ptr=out,
         lse_ptr=lse,
         counter_ptr=counter,
-        sinks_ptr=inputs.sinks,
+        sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
         heads=heads,
         group=heads // config.heads_kv,
         section=max(1, _L2_SHARE // max(key_bytes, 1)) * (heads // config.heads_kv),
