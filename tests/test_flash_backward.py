@@ -1,4 +1,4 @@
-"""The flash backward where conformance cannot look: both its modes, what it allocates, what it leaves unwritten."""
+"""The flash backward where conformance cannot look: what it launches, allocates and leaves unwritten."""
 
 import pytest
 import torch
@@ -6,8 +6,7 @@ import torch
 import regard
 from regard import AttentionConfig, AttentionInputs
 from regard.backends import flash
-from regard.kernels import tuning
-from regard.testing import CASES, check_backward, check_repeatable
+from regard.testing import CASES, check_repeatable
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -21,38 +20,20 @@ def inputs(batch=1, seqlen_q=40, seqlen_k=24, heads_q=2, heads_kv=1, head_dim=16
     return [t.requires_grad_() for t in (q, k, v)]
 
 
-@pytest.fixture
-def fused_everywhere(monkeypatch):
-    """Every call that need not be repeatable adds dQ up atomically, in the tiles of the pass for dK and dV."""
-    monkeypatch.setattr(tuning, "BACKWARD_FUSED", tuning.BACKWARD_KEYS)
-
-
-@pytest.mark.parametrize("case", ["window_both", "varlen_causal_gqa", "everything_but_dropout"])
-def test_fused_pass(fused_everywhere, case):
-    check_backward("flash", CASE[case], DEVICE, torch.bfloat16)
-
-
-def launches(monkeypatch, **options):
-    """Names of the kernels that the gradient of a call launches."""
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_gradient_takes_the_two_repeatable_passes(monkeypatch, deterministic):
     launched = []
     run = flash.Launch.run
     monkeypatch.setattr(flash.Launch, "run", lambda self, device: (launched.append(self.kernel), run(self, device)))
     q, k, v = inputs()
-    regard.attention(q, k, v, backend="flash", **options).sum().backward()
-    return [kernel.__name__ for kernel in launched]
-
-
-def test_deterministic_gradients_take_two_passes(fused_everywhere, monkeypatch):
-    assert launches(monkeypatch) == ["attention_forward", "row_terms", "backward_keys"]
-    monkeypatch.undo()
-    monkeypatch.setattr(tuning, "BACKWARD_FUSED", tuning.BACKWARD_KEYS)
-    two_passes = launches(monkeypatch, deterministic=True)
-    assert two_passes == ["attention_forward", "row_terms", "backward_keys", "backward_queries"]
+    regard.attention(q, k, v, deterministic=deterministic, backend="flash").sum().backward()
+    names = [kernel.__name__ for kernel in launched]
+    assert names == ["attention_forward", "row_terms", "backward_keys", "backward_queries"]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="device: got cpu, needs cuda; the interpreter runs programs in order")
 @pytest.mark.parametrize("case", ["several_tiles_causal", "varlen_causal_gqa", "everything"])
-def test_deterministic_gradients_repeat_100_times(case):
+def test_gradients_repeat_100_times(case):
     check_repeatable("flash", CASE[case], DEVICE, torch.bfloat16, runs=100)
 
 

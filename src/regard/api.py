@@ -64,7 +64,7 @@ def attention(
             of Sk in causal, window and ALiBi. Values outside 0..Sk are an error on the CPU and are clamped on a GPU.
         layout: ``"bshd"`` or ``"bhsd"``, of q, k, v and the output.
         return_lse: also return the natural log of the softmax denominator, fp32 (B, Hq, Sq), differentiable.
-        deterministic: make the backward bitwise repeatable. The forward always is.
+        deterministic: make the backward bitwise repeatable, as `flash` always does. The forward always is.
         backend: a name from `list_backends` (strict: it serves the call or raises), ``"auto"``, or None for what
             `use_backend` and `set_default` say.
 

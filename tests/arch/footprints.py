@@ -66,14 +66,12 @@ def _outputs(config: AttentionConfig, inputs: AttentionInputs) -> tuple[torch.Te
     return out, inputs.q.new_empty(lse_shape, dtype=torch.float32)  # type: ignore[arg-type]
 
 
-def _backward(index: int, fused: bool = False) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[str, int]]]:
+def _backward(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[str, int]]]:
     """Launch ``index`` of the backward."""
 
     def launch(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
         grad_out, lse = _outputs(config, inputs)
-        tile = flash.fused_tile(config, inputs, grad_out) if fused else None
-        gradients = inputs._replace(q=inputs.q.float()) if fused else inputs
-        launches = flash.backward_launches(config, inputs, grad_out, lse, lse, gradients, tile)
+        launches = flash.backward_launches(config, inputs, grad_out, lse, lse, inputs)
         if inputs.bias is not None:
             launches.append(flash.bias_launch(config, inputs, grad_out, lse, lse)[0])
         return launches[index].kernel, launches[index].arguments, launches[index].options
@@ -102,7 +100,6 @@ KERNELS = {
     "backward-keys": Kernel(tuning.BACKWARD_KEYS, _backward(0)),
     "backward-queries": Kernel(tuning.BACKWARD_QUERIES, _backward(1)),
     "backward-bias": Kernel({}, _backward(2)),
-    "backward-fused": Kernel(tuning.BACKWARD_FUSED, _backward(0, fused=True)),
     "hopper-forward": Kernel({}, _hopper_forward),
     "hopper-backward": Kernel({}, _hopper_backward),
 }
@@ -182,8 +179,10 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             continue
         dtype = torch.bfloat16 if itemsize == 2 else torch.float32
         if kernel != "forward":
-            if itemsize == 2 or (kernel == "backward-keys" and head_dim == 128 and arch in FEATURE_ARCHITECTURES):
+            if itemsize == 2 or (kernel == "backward-keys" and head_dim == 64):
                 add(f"d{head_dim} causal", dtype, head_dim=head_dim, causal=True)
+            if any(rule.causal for rule in rules):
+                add(f"d{head_dim} plain", dtype, head_dim=head_dim)
             continue
         if itemsize == 2:
             add(f"d{head_dim} plain", dtype, head_dim=head_dim)
@@ -200,7 +199,7 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             add(f"d{head_dim} everything", torch.bfloat16, head_dim=head_dim, **EVERYTHING)
     if kernel != "forward":
         # its features are the forward's own device functions: all at once is enough
-        if kernel != "backward-fused" and arch in FEATURE_ARCHITECTURES:
+        if arch in FEATURE_ARCHITECTURES:
             add("d128 everything", torch.bfloat16, head_dim=128, **EVERYTHING)
         return made
     add("d64 everything", torch.float32, head_dim=64, **EVERYTHING)

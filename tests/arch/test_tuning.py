@@ -8,8 +8,7 @@ from regard.kernels import tuning
 
 TRITON_VERSIONS = [(3, minor) for minor in range(6, 10)]
 ENTRIES = list(itertools.product(tuning.ARCHITECTURES, (2, 4), tuning.HEAD_DIMS))
-COMPLETE = {"forward": tuning.FORWARD, "keys": tuning.BACKWARD_KEYS, "queries": tuning.BACKWARD_QUERIES}
-TABLES = {**COMPLETE, "fused": tuning.BACKWARD_FUSED}
+TABLES = {"forward": tuning.FORWARD, "keys": tuning.BACKWARD_KEYS, "queries": tuning.BACKWARD_QUERIES}
 RULES = [(name, entry, rule) for name, table in TABLES.items() for entry, rules in table.items() for rule in rules]
 
 
@@ -17,12 +16,12 @@ def power_of_two(value):
     return value & (value - 1) == 0
 
 
-@pytest.mark.parametrize("table", COMPLETE)
+@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_every_call_has_a_tile(table, entry):
     flags = (False, True)
     for call in itertools.product(flags, (0, 1, 512, 2**20), [*TRITON_VERSIONS, (4, 0)], flags):
-        assert isinstance(tuning.select_tile(COMPLETE[table], *entry, *call), tuning.Tile)
+        assert isinstance(tuning.select_tile(TABLES[table], *entry, *call), tuning.Tile)
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -45,11 +44,6 @@ def test_tiles_are_what_a_kernel_can_be_launched_with(table, entry, rule):
     assert tile.block_m <= 256 and tile.block_n <= 256, "the launcher's bound on 32-bit offsets inside a tile"
     assert 1 <= tile.num_warps <= 16
     assert 0 <= tile.num_stages <= 5
-
-
-def test_a_call_without_a_fused_entry_takes_two_passes():
-    assert tuning.select_tile(tuning.BACKWARD_FUSED, "gfx1100", 2, 64, True, 512, (3, 6)) is None
-    assert tuning.select_tile(tuning.BACKWARD_FUSED, "sm90", 2, 64, True, 512, (3, 6), aligned=False) is None
 
 
 @pytest.mark.parametrize(

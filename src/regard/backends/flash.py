@@ -41,7 +41,10 @@ class Launch(NamedTuple):
 
 
 class FlashBackend:
-    """Flash attention in portable Triton: every semantic, any strides, head dims 1 to 256."""
+    """Flash attention in portable Triton: every semantic, any strides, head dims 1 to 256.
+
+    Out and gradients are bitwise repeatable always; ``deterministic`` changes nothing.
+    """
 
     name = "flash"
 

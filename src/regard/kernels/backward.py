@@ -2,9 +2,8 @@
 
 Dao 2023, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", section 3.1 and algorithm
 2, as a pass over key blocks for dK and dV and a pass over query blocks for dQ: two products more than the algorithm
-has, but no two programs add to the same element, so that the result is bitwise repeatable. With ``dq_ptr`` the first
-pass adds dQ as well, atomically, and the second is not needed. The launcher is
-`regard.backends.flash`.
+has, but no two programs add to the same element, so that the result is bitwise repeatable. (Atomic sums of dQ in the
+first pass, measured on an H200, are slower as well.) The launcher is `regard.backends.flash`.
 """
 
 import triton
@@ -144,8 +143,8 @@ def row_terms(
 def attend_queries(
     dk, dv, k, v, start, stop, gap_start, gap,
     head, first_key, shift, seqlen_q, seqlen_k,
-    q_base, grad_out_base, row_lse_base, delta_base, dq_base, mask_base, bias_base, slope, seed,
-    q_strides, grad_out_strides, dq_strides, mask_strides, bias_strides,
+    q_base, grad_out_base, row_lse_base, delta_base, mask_base, bias_base, slope, seed,
+    q_strides, grad_out_strides, mask_strides, bias_strides,
     softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, WIDE: tl.constexpr,
@@ -191,14 +190,7 @@ def attend_queries(
             BLOCK_M, BLOCK_N, MASKED, True, RAW, WIDE,
         )  # fmt: skip
         dv = tl.dot(weights.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
-        grad_products = grad_products.to(q.dtype)
-        dk = tl.dot(grad_products, q, dk, input_precision=PRECISION)
-        if dq_base is not None:
-            dq = tl.dot(tl.trans(grad_products), k, input_precision=PRECISION)
-            dq_tile = dq_base + first_row * dq_strides[1]
-            dim = tl.arange(0, BLOCK_D)[None, :]
-            dq_pointers = dq_tile + tile_offsets(row[:, None], dim, dq_strides[1], dq_strides[3], WIDE)
-            tl.atomic_add(dq_pointers, dq, mask=query_exists[:, None] & (dim < HEAD_DIM), sem="relaxed")
+        dk = tl.dot(grad_products.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -210,7 +202,6 @@ def backward_keys(
     grad_out_ptr,  # as q, with Dv
     row_lse_ptr,  # (B, Hq, Sq), or packed (1, Hq, total_q); fp32, of `row_terms`
     delta_ptr,  # likewise
-    dq_ptr,  # None, or zeros like q, fp32: gets dQ but for the scale
     dk_ptr,
     dv_ptr,
     mask_ptr,
@@ -225,7 +216,6 @@ def backward_keys(
     v_strides,
     grad_out_strides,
     lse_strides,
-    dq_strides,
     dk_strides,
     dv_strides,
     mask_strides,
@@ -255,7 +245,7 @@ def backward_keys(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of a block of keys, dK and dV, summed over the query heads that share it; with ``dq_ptr`` its part of dQ."""
+    """Of a block of keys, dK and dV, summed over the query heads that share it."""
     # Neighbouring programs share a head's queries; with a causal bound the first keys have the most of them.
     blocks_n = tl.cdiv(seqlen_k, BLOCK_N)
     program = tl.program_id(0)
@@ -307,9 +297,6 @@ def backward_keys(
         q_base = head_base(q_ptr, q_strides, sequence, start_q, head)
         grad_out_base = head_base(grad_out_ptr, grad_out_strides, sequence, start_q, head)
         terms = sequence64 * lse_strides[0] + head64 * lse_strides[1] + start_q
-        dq_base = None
-        if dq_ptr is not None:
-            dq_base = head_base(dq_ptr, dq_strides, sequence, start_q, head)
         mask_base = None
         if mask_ptr is not None:
             mask_base = mask_ptr + sequence64 * mask_strides[0] + head64 * mask_strides[1]
@@ -329,9 +316,9 @@ def backward_keys(
                 full_stop if part == 0 else stop,
                 full_start, gap,
                 sequence * heads_q + head, first_key, shift, length_q, length_k,
-                q_base, grad_out_base, row_lse_ptr + terms, delta_ptr + terms, dq_base, mask_base, bias_base,
+                q_base, grad_out_base, row_lse_ptr + terms, delta_ptr + terms, mask_base, bias_base,
                 slope, seed,
-                q_strides, grad_out_strides, dq_strides, mask_strides, bias_strides,
+                q_strides, grad_out_strides, mask_strides, bias_strides,
                 softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part == 1, RAW, WIDE, PRECISION,
             )  # fmt: skip
