@@ -52,15 +52,20 @@ def target_of(arch: str) -> GPUTarget:
 
 def compile_launch(kernel: Any, arguments: Mapping[str, Any], options: Mapping[str, int], arch: str) -> Any:
     """Compile a launch (arguments by name, as the launcher passes them) for ``arch``."""
+    return triton.compile(source_of(kernel, arguments, arch), target=target_of(arch), options=dict(options))
+
+
+def source_of(kernel: Any, arguments: Mapping[str, Any], arch: str) -> ASTSource:
+    """A kernel with all that Triton's JIT would compile in of these arguments: equal ones are compiled once."""
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    declared = {parameter.name: parameter.is_constexpr for parameter in kernel.params}
 
-    def describe(path: tuple[int, ...], value: Any, constant: bool) -> Any:
+    def describe(path: tuple[int, ...], value: Any, parameter: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(describe((*path, i), item, constant) for i, item in enumerate(value))
-        if constant or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+            return tuple(describe((*path, i), item, parameter) for i, item in enumerate(value))
+        looked_at = isinstance(value, int) and not isinstance(value, bool) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (looked_at and value == 1):
             constexprs[path] = value
             return "constexpr"
         if isinstance(value, torch.Tensor):
@@ -72,23 +77,17 @@ def compile_launch(kernel: Any, arguments: Mapping[str, Any], options: Mapping[s
             return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
         if isinstance(value, float):
             return "fp32"
-        if value % 16 == 0:
+        if looked_at and value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
-    for index, name in enumerate(kernel.arg_names):
-        signature[name] = describe((index,), arguments[name], declared[name])
-    source = _source_class(kernel)(kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=target_of(arch), options=dict(options))
-
-
-def _source_class(kernel: Any) -> Any:
-    """What Triton compiles a kernel's source as: Gluon's starts at a lower level of its IRs."""
+    for index, parameter in enumerate(kernel.params):
+        signature[parameter.name] = describe((index,), arguments[parameter.name], parameter)
     if not kernel.is_gluon():
-        return ASTSource
+        return ASTSource(kernel, signature, constexprs, attributes)
     from triton.experimental.gluon._runtime import GluonASTSource  # exported one level up by newer versions
 
-    return GluonASTSource
+    return GluonASTSource(kernel, signature, constexprs, attributes)
 
 
 def tile_of(arguments: Mapping[str, Any], options: Mapping[str, int]) -> tuple[str, int]:
