@@ -56,18 +56,37 @@ def test_every_architecture_of_the_tile_tables_is_known():
     assert set(MULTIPROCESSORS) == set(tuning.ARCHITECTURES)
 
 
+def kernel_names(backend, case, arch):
+    workload = parse(case)
+    config = workload.config("cuda", arch)
+    return [each.kernel.__name__ for each in launches(backend, config, meta_inputs(config), workload.mode)]
+
+
 @pytest.mark.parametrize("arch", ["sm90", "gfx1100"])
 def test_launches_are_written_down_and_not_made(arch):
-    forward = parse(CASE)
-    config = forward.config("cuda", arch)
-    (launch,) = launches(config, meta_inputs(config), "fwd")
+    config = parse(CASE).config("cuda", arch)
+    (launch,) = launches("flash", config, meta_inputs(config), "fwd")
     assert launch.kernel.__name__ == "attention_forward"
     assert launch.programs == 8 * -(-512 // launch.arguments["BLOCK_M"])
-    training = parse("fwdbwd-" + CASE).config("cuda", arch)
-    names = [each.kernel.__name__ for each in launches(training, meta_inputs(training), "fwdbwd")]
+    names = kernel_names("flash", "fwdbwd-" + CASE, arch)
     assert names[:3] == ["attention_forward", "row_terms", "backward_keys"]
-    backward = [each.kernel.__name__ for each in launches(training, meta_inputs(training), "bwd")]
-    assert backward == names[1:]
+    assert kernel_names("flash", "bwd-" + CASE, arch) == names[1:]
+
+
+def test_launches_of_hopper_are_written_down():
+    assert kernel_names("hopper", CASE, "sm90") == ["attention_forward"]
+    assert kernel_names("hopper", "bwd-" + CASE, "sm90") == ["row_terms", "attention_backward"]
+    assert kernel_names("hopper", "fwdbwd-" + CASE, "sm90") == ["attention_forward", "row_terms", "attention_backward"]
+
+
+@pytest.mark.parametrize(
+    "case, arch, backends",
+    [(CASE, "sm90", ["hopper", "flash"]), (CASE, "sm80", ["flash"]), ("s64-d60-bf16", "sm90", ["flash"])],
+)
+def test_every_backend_that_can_serve_a_case_is_profiled(monkeypatch, case, arch, backends):
+    monkeypatch.setattr("regard.backends.flash._interpreting", lambda: False)
+    monkeypatch.setattr("regard.bench.profile._profile", lambda backend, launch, arch: kernel(backend=backend))
+    assert [each.backend for each in profile_kernels(parse(case), arch)] == backends
 
 
 def test_a_launch_is_made_again_afterwards():
@@ -76,7 +95,7 @@ def test_a_launch_is_made_again_afterwards():
     config = parse(CASE).config("cuda", "sm90")
     before = Launch.run
     with pytest.raises(ZeroDivisionError):
-        launches(config, meta_inputs(config)._replace(q=Broken()), "fwd")
+        launches("flash", config, meta_inputs(config)._replace(q=Broken()), "fwd")
     assert Launch.run is before
 
 
@@ -93,19 +112,32 @@ def test_what_cannot_be_compiled_is_said(case, arch, error):
         profile_kernels(parse(case), arch)
 
 
-def test_the_command_compiles_for_a_gpu_that_is_not_here():
-    """In a fresh process: this one may interpret kernels instead of compiling them."""
+def profiled(case, arch):
+    """What the command prints, from a fresh process: this one may interpret kernels instead of compiling them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", "regard", "profile", CASE, "--arch", "gfx1100", "--json"],
+    done = subprocess.run([sys.executable, "-m", "regard", "profile", case, "--arch", arch, "--json"],
                           capture_output=True, text=True, env=environment)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_the_command_compiles_for_a_gpu_that_is_not_here():
+    facts = profiled(CASE, "gfx1100")
     assert facts["arch"] == "gfx1100" and facts["flops"] == parse(CASE).flops() and facts["rows"] == []
     (kernel,) = facts["kernels"]
-    assert kernel["kernel"] == "attention_forward" and kernel["matrix"] == "wmma"
+    assert (kernel["backend"], kernel["kernel"], kernel["matrix"]) == ("flash", "attention_forward", "wmma")
     assert 0 < kernel["registers"] <= 256 and 0 < kernel["shared"] <= 65536 and kernel["spills"] == 0
     assert kernel["resident"] >= 1 and 0 < kernel["occupancy"] <= 1
     assert kernel["limited_by"] in ("registers", "shared memory", "warps", "blocks")
+
+
+def test_the_command_compiles_gluon_kernels():
+    hopper, flash = profiled(CASE, "sm90")["kernels"]
+    assert (hopper["backend"], hopper["kernel"], hopper["matrix"]) == ("hopper", "attention_forward", "wgmma")
+    assert (flash["backend"], flash["kernel"]) == ("flash", "attention_forward")
+    assert hopper["warps"] >= 12, "two warpgroups that compute, and the one that loads"
+    assert hopper["tile"].count("x") == 1 and hopper["stages"] >= 2
+    assert hopper["resident"] == 1 and 0 < hopper["programs"] <= 132
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="device: got a GPU, needs a machine without one")
@@ -122,9 +154,9 @@ def test_bad_input_is_one_sentence(arguments, sentence):
 # --- What bounds a time
 
 
-def kernel(programs=1024, resident=2):
+def kernel(programs=1024, resident=2, backend="flash"):
     return KernelProfile(
-        "attention_forward", "64x64", 4, 3, programs, 128, 0, 65536, "wgmma", resident, "registers", 0.5
+        backend, "attention_forward", "64x64", 4, 3, programs, 128, 0, 65536, "wgmma", resident, "registers", 0.5
     )
 
 
@@ -148,6 +180,12 @@ def row(**changes):
 def test_what_bounds_a_time(changes, programs, sentence):
     found = bound(row(**changes), [kernel(programs)])
     assert "flash takes" in found[0] and found[1].startswith(sentence)
+
+
+def test_kernels_of_another_backend_bound_nothing():
+    found = bound(row(implementation="hopper"), [kernel(64), kernel(132, 1, "hopper")])
+    assert not any("parallelism" in each for each in found)
+    assert any("132 multiprocessors" in each for each in bound(row(), [kernel(64), kernel(132, 1, "hopper")]))
 
 
 def test_an_unfilled_last_wave_is_said():

@@ -208,22 +208,23 @@ def profile(
                 "arch", "none, and no GPU here", "the architecture to compile for, such as sm90 or gfx1100"
             )
         kernels = profile_kernels(workload, arch or here)
-        measured = _rows_of(case, arch or here, rows_file, torch.cuda.is_available() and (arch or here) == here)
+        can_run = torch.cuda.is_available() and (arch or here) == here
+        names = tuple(dict.fromkeys(kernel.backend for kernel in kernels)) if can_run else ()
+        measured = _rows_of(case, arch or here, rows_file, names)
         known = facts(workload, arch or here, kernels)
         if as_json:
             typer.echo(json.dumps({**known, "rows": measured}, indent=2))
             return
         _print_profile(known)
         for row in measured:
-            own = kernels if row["implementation"] == "flash" else []
-            for sentence in bound(row, own):
+            for sentence in bound(row, kernels):
                 typer.echo(sentence)
         if not measured:
             typer.echo("no run: times need this GPU in the machine, or --rows of a run on one")
 
 
-def _rows_of(case: str, arch: str, rows_file: Path | None, can_run: bool) -> list[dict[str, Any]]:
-    """Rows of a case on an architecture: from a file, or measured here and now."""
+def _rows_of(case: str, arch: str, rows_file: Path | None, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of a case on an architecture: from a file, or of these implementations, measured here and now."""
     import tempfile
 
     from regard.bench import rows
@@ -232,9 +233,9 @@ def _rows_of(case: str, arch: str, rows_file: Path | None, can_run: bool) -> lis
     if rows_file is not None:
         found, corrupt = rows.read(rows_file)
         _say_corrupt(corrupt)
-    elif can_run:
+    elif names:
         with tempfile.TemporaryDirectory() as folder:
-            options = Options(cases=(case,), device="cuda", implementations=("flash",), out=Path(folder, "rows.jsonl"))
+            options = Options(cases=(case,), device="cuda", implementations=names, out=Path(folder, "rows.jsonl"))
             found = list(run(options).rows)
     else:
         return []
@@ -252,12 +253,13 @@ def _print_profile(known: dict[str, Any]) -> None:
         f"{known['case']} on {known['arch']}: {known['flops']:.4g} operations, at least {known['bytes']:.4g} bytes, "
         f"{known['intensity']:.4g} operations a byte"
     )
-    columns = ["kernel", "tile", "warps", "stages", "programs", "registers", "spilled B", "shared KiB", "matrix",
-               "resident", "occupancy"]  # fmt: skip
+    columns = ["backend", "kernel", "tile", "warps", "stages", "programs", "registers", "spilled B", "shared KiB",
+               "matrix", "resident", "occupancy"]  # fmt: skip
     lines = [
         (
-            each["kernel"], each["tile"], str(each["warps"]), str(each["stages"]), str(each["programs"]),
-            str(each["registers"]), str(each["spills"]), f"{each['shared'] / 1024:.1f}", each["matrix"] or "none",
+            each["backend"], each["kernel"], each["tile"], str(each["warps"]), str(each["stages"]),
+            str(each["programs"]), str(each["registers"]), str(each["spills"]), f"{each['shared'] / 1024:.1f}",
+            each["matrix"] or "none",
             f"{each['resident']} ({each['limited_by']})", f"{each['occupancy']:.0%}",
         )
         for each in known["kernels"]

@@ -1,7 +1,7 @@
 """What a workload's kernels ask of a GPU, from their compiled code, and what bounds their time, from one run.
 
-The compiled part needs no GPU: the `flash` backend is called on tensors without storage, its launches are written down
-instead of made, and each is compiled for the architecture asked for.
+The compiled part needs no GPU: our Triton backends are called on tensors without storage, their launches are written
+down instead of made, and each is compiled for the architecture asked for.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from regard.backends import flash
-from regard.backends.flash import FlashBackend, Launch
+from regard.backends import flash, hopper
+from regard.backends.flash import Launch
 from regard.bench.cases import Workload
 from regard.bench.rows import Row
 from regard.config import AttentionConfig, AttentionInputs
 from regard.errors import ConfigError, UnsupportedError
 from regard.kernels import tuning
+from regard.registry import registry
+
+BACKENDS = ("hopper", "flash")
+"""Those whose launches can be written down, in the order automatic selection tries them."""
 
 KIB = 1024
+_HOPPER_MULTIPROCESSORS = 132
+"""Of an H100 SXM or H200: as many programs of the `hopper` forward stay resident."""
 
 
 class Multiprocessor(NamedTuple):
@@ -67,9 +73,11 @@ class KernelProfile:
     """One kernel of a call, compiled.
 
     Attributes:
+        backend: whose.
         kernel: its name.
         tile: BLOCK_M x BLOCK_N, or "" where it has none.
-        warps, stages: of a program.
+        warps: of a program, those that only load included.
+        stages: depth of its pipeline.
         programs: how many the call launches.
         registers: of a thread. spills: bytes of a thread. shared: bytes of a program.
         matrix: kinds of matrix instruction, or "".
@@ -77,6 +85,7 @@ class KernelProfile:
         occupancy: resident warps of all it could hold.
     """
 
+    backend: str
     kernel: str
     tile: str
     warps: int
@@ -92,52 +101,69 @@ class KernelProfile:
 
 
 def profile_kernels(workload: Workload, arch: str) -> list[KernelProfile]:
-    """Compile every kernel that the `flash` backend launches for a workload.
+    """Compile every kernel that each of `BACKENDS` launches for a workload it can serve.
 
     Raises:
         ConfigError: no tile table for the architecture, or Triton runs as an interpreter.
-        UnsupportedError: the backend cannot serve the workload there.
+        UnsupportedError: no backend can serve the workload there.
     """
     entry = tuning.table_architecture(arch)
     if entry is None:
         raise ConfigError("arch", repr(arch), f"one of {', '.join(tuning.ARCHITECTURES)}")
     config = workload.config("cuda", arch)
-    reasons = FlashBackend().unsupported_reasons(config)
-    if reasons:
-        raise UnsupportedError(f"flash cannot serve {workload.name} on {arch}", {"flash": reasons})
+    reasons = {name: registry.reasons(name, config) for name in BACKENDS}
+    if all(reasons.values()):
+        raise UnsupportedError(f"no Triton kernel can serve {workload.name} on {arch}", reasons)
     if flash._interpreting():
         raise ConfigError("TRITON_INTERPRET", "1", "an environment without it: the interpreter compiles nothing")
-    from regard.bench.cross_compile import compile_launch, footprint, meta_inputs
+    from regard.bench.cross_compile import meta_inputs
 
-    profiles = []
-    for launch in launches(config, meta_inputs(config), workload.mode):
-        compiled = compile_launch(launch.kernel, launch.arguments, launch.options, entry)
-        cost = footprint(compiled, entry)
-        warps = int(launch.options["num_warps"])
-        resident, limited_by = residency(MULTIPROCESSORS[entry], warps, cost.registers, cost.shared)
-        blocks = [launch.arguments.get(name) for name in ("BLOCK_M", "BLOCK_N")]
-        profiles.append(
-            KernelProfile(
-                kernel=launch.kernel.__name__, tile="x".join(str(size) for size in blocks if size), warps=warps,
-                stages=int(launch.options["num_stages"]), programs=launch.programs, registers=cost.registers,
-                spills=cost.spills, shared=cost.shared, matrix=cost.matrix, resident=resident, limited_by=limited_by,
-                occupancy=resident * warps / MULTIPROCESSORS[entry].warps,
-            )
-        )  # fmt: skip
-    return profiles
+    return [
+        _profile(name, launch, entry)
+        for name, against in reasons.items()
+        if not against
+        for launch in launches(name, config, meta_inputs(config), workload.mode)
+    ]
 
 
-def launches(config: AttentionConfig, inputs: AttentionInputs, mode: str) -> list[Launch]:
-    """The kernel launches of a call in a mode, written down instead of made."""
+def _profile(backend: str, launch: Launch, arch: str) -> KernelProfile:
+    from regard.bench.cross_compile import compile_launch, footprint, tile_of
+
+    compiled = compile_launch(launch.kernel, launch.arguments, launch.options, arch)
+    cost = footprint(compiled, arch)
+    warps = int(compiled.metadata.num_warps)
+    resident, limited_by = residency(MULTIPROCESSORS[arch], warps, cost.registers, cost.shared)
+    tile, stages = tile_of(launch.arguments, launch.options)
+    return KernelProfile(
+        backend=backend, kernel=launch.kernel.__name__, tile=tile, warps=warps, stages=stages,
+        programs=launch.programs, registers=cost.registers, spills=cost.spills, shared=cost.shared,
+        matrix=cost.matrix, resident=resident, limited_by=limited_by,
+        occupancy=resident * warps / MULTIPROCESSORS[arch].warps,
+    )  # fmt: skip
+
+
+def launches(backend: str, config: AttentionConfig, inputs: AttentionInputs, mode: str) -> list[Launch]:
+    """The kernel launches of a backend for a call in a mode, written down instead of made."""
     made: list[Launch] = []
-    backend = FlashBackend()
     with _written_down(made):
-        out, lse = backend.forward(config, inputs)
+        q = inputs.q
+        out = q.new_empty((*q.shape[:-1], config.head_dim_v))
+        lse_shape = q.shape[1::-1] if config.varlen else (q.shape[0], q.shape[2], q.shape[1])
+        lse = q.new_empty(lse_shape, dtype=torch.float32)
+        if mode != "bwd":
+            made.append(_forward_launch(backend, config, inputs, out, lse))
         if mode != "fwd":
-            if mode == "bwd":
-                made.clear()
-            backend.backward(config, inputs, out, lse, torch.empty_like(out), None)
+            registry.get(backend).backward(config, inputs, out, lse, torch.empty_like(out), None)
     return made
+
+
+def _forward_launch(
+    backend: str, config: AttentionConfig, inputs: AttentionInputs, out: torch.Tensor, lse: torch.Tensor
+) -> Launch:
+    if backend == "flash":
+        return flash.forward_launch(config, inputs, out, lse)
+    counter = torch.empty(2, dtype=torch.int32, device=out.device)
+    return hopper.forward_launch(config, inputs, out, lse, counter, _HOPPER_MULTIPROCESSORS)
 
 
 @contextmanager
@@ -180,8 +206,9 @@ def bound(row: Row, kernels: list[KernelProfile]) -> list[str]:
 
     Args:
         row: an ``ok`` row of the workload.
-        kernels: of the same workload, or an empty list where they are not known.
+        kernels: of the same workload; those of other implementations do not count.
     """
+    kernels = [kernel for kernel in kernels if kernel.backend == row["implementation"]]
     shares = {
         "the matrix units": row["matmul_share"],
         "device memory": row["copy_share"],
