@@ -105,7 +105,8 @@ KERNELS = {
 }
 
 
-# --- Cases: every tile of a table, plain and causal; each feature; the awkward head dims; everything at once.
+# --- Cases: every tile of a table (float32 has one set of tiles for a family of architectures: compiled once for each),
+# causal where it serves that: such a kernel holds a plain one's loop; features; awkward head dims; everything at once.
 
 _BATCH, _HEADS, _SEQLEN = 2, 8, 512
 _ODD = 509
@@ -113,11 +114,8 @@ _ODD = 509
 _SQUARE = (_BATCH, _HEADS, _ODD, _ODD)
 
 FEATURES: dict[str, dict[str, Any]] = {
-    "window": dict(window=(128, 64)),
-    "mask": dict(mask_shape=_SQUARE, seqlen_q=_ODD, seqlen_k=_ODD),
+    "window-alibi-softcap-sinks": dict(window=(128, 64), alibi=True, softcap=30.0, sinks=True),
     "bias": dict(bias_shape=_SQUARE, bias_dtype=torch.bfloat16, seqlen_q=_ODD, seqlen_k=_ODD),
-    "softcap": dict(softcap=30.0, causal=True),
-    "alibi-sinks": dict(alibi=True, sinks=True, causal=True),
     "dropout": dict(dropout_p=0.1, causal=True),
     "varlen-gqa": dict(varlen=True, total_q=_ODD, total_k=_ODD, heads_kv=2, causal=True),
     "paged-gqa": dict(kv_lens=True, page_size=16, heads_kv=2, causal=True),
@@ -126,11 +124,14 @@ EVERYTHING: dict[str, Any] = dict(
     mask_shape=_SQUARE, bias_shape=_SQUARE, bias_dtype=torch.bfloat16, seqlen_q=_ODD, seqlen_k=_ODD, window=(128, 64),
     softcap=30.0, alibi=True, sinks=True, dropout_p=0.1, kv_lens=True, heads_kv=2,
 )  # fmt: skip
-FEATURE_ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942", "gfx1100", "gfx1201")
-"""One of each kind of matrix unit: these compile each feature on its own, the others every tile and everything."""
+FEATURE_ARCHITECTURES = ("sm80", "sm90", "gfx942", "gfx1100")
+"""These compile features one by one too."""
+EVERYTHING_ARCHITECTURES = (*FEATURE_ARCHITECTURES, "gfx1201")
+"""These compile everything at once in the backward too, and at the largest head dim."""
+FLOAT32_ARCHITECTURES = ("sm80", "gfx942", "gfx1100")
+"""One of each family that shares its float32 tiles; the others compile head dim 64."""
 HEAD_DIMS: dict[str, dict[str, Any]] = {
     "d40-mqa": dict(head_dim=40, heads_kv=1, causal=True),  # rows at multiples of 80 bytes
-    "d80": dict(head_dim=80, causal=True),
     "d192-dv128": dict(head_dim=192, head_dim_v=128, causal=True),
 }
 _HOPPER_EVERYTHING: dict[str, Any] = dict(
@@ -177,33 +178,26 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
     for (entry_arch, itemsize, head_dim), rules in KERNELS[kernel].table.items():
         if entry_arch != arch:
             continue
-        dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-        if kernel != "forward":
-            if itemsize == 2 or (kernel == "backward-keys" and head_dim == 64):
-                add(f"d{head_dim} causal", dtype, head_dim=head_dim, causal=True)
-            if any(rule.causal for rule in rules):
-                add(f"d{head_dim} plain", dtype, head_dim=head_dim)
+        if itemsize == 4:
+            shared = kernel == "forward" and arch in FLOAT32_ARCHITECTURES
+            if shared or (head_dim == 64 and kernel != "backward-queries"):
+                add(f"d{head_dim} causal", torch.float32, head_dim=head_dim, causal=True)
             continue
-        if itemsize == 2:
-            add(f"d{head_dim} plain", dtype, head_dim=head_dim)
-        add(f"d{head_dim} causal", dtype, head_dim=head_dim, causal=True)
-        if itemsize == 2 and head_dim == 128:
-            add(f"d{head_dim} causal", torch.float16, head_dim=head_dim, causal=True)
-        for length, only in sorted({(rule.min_seqlen_k, rule.causal) for rule in rules if rule.min_seqlen_k}):
-            for causal in (False, True) if only is None else (only,):
-                name = f"d{head_dim} {'causal' if causal else 'plain'} k{length}"
-                add(name, dtype, head_dim=head_dim, seqlen_q=length, seqlen_k=length, causal=causal)
-        if any(rule.aligned is False for rule in rules):
+        for causal, length in _calls_by_tile(rules).values():
+            name = f"d{head_dim} {'causal' if causal else 'plain'}" + (f" k{length}" if length != _SEQLEN else "")
+            add(name, torch.bfloat16, head_dim=head_dim, seqlen_q=length, seqlen_k=length, causal=causal)
+        if kernel == "forward" and any(rule.aligned is False for rule in rules):
             add(f"d{head_dim - 8}-mqa unaligned", torch.bfloat16, head_dim=head_dim - 8, heads_kv=1)
-        if itemsize == 2 and (head_dim == 128 or arch in FEATURE_ARCHITECTURES):
-            add(f"d{head_dim} everything", torch.bfloat16, head_dim=head_dim, **EVERYTHING)
+    if kernel == "forward" or arch in EVERYTHING_ARCHITECTURES:
+        add("d128 everything", torch.bfloat16, head_dim=128, **EVERYTHING)
     if kernel != "forward":
-        # its features are the forward's own device functions: all at once is enough
-        if arch in FEATURE_ARCHITECTURES:
-            add("d128 everything", torch.bfloat16, head_dim=128, **EVERYTHING)
-        return made
-    add("d64 everything", torch.float32, head_dim=64, **EVERYTHING)
+        return made  # its features are the forward's own device functions: all at once is enough
+    if arch in EVERYTHING_ARCHITECTURES:
+        add("d256 everything", torch.bfloat16, head_dim=256, **EVERYTHING)
+    if arch in FLOAT32_ARCHITECTURES:
+        add("d64 everything", torch.float32, head_dim=64, **EVERYTHING)
     if arch in FEATURE_ARCHITECTURES:
+        add("d128 causal", torch.float16, head_dim=128, causal=True)
         for name, options in FEATURES.items():
             add(f"d128 {name}", torch.bfloat16, head_dim=128, **options)
         for name, options in HEAD_DIMS.items():
@@ -211,12 +205,22 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
     return made
 
 
+def _calls_by_tile(rules: tuple[tuning.Rule, ...]) -> dict[tuning.Tile, tuple[bool, int]]:
+    """For each tile that aligned calls get, one of them: causal, and its length."""
+    found: dict[tuning.Tile, tuple[bool, int]] = {}
+    for length in sorted({_SEQLEN, *(rule.min_seqlen_k for rule in rules if rule.min_seqlen_k)}):
+        for causal in (True, False):
+            call = causal, length, flash.triton_version(), True
+            found.setdefault(next(rule.tile for rule in rules if rule.applies(*call)), (causal, length))
+    return found
+
+
 # --- Measuring
 
 
 def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
     """Compile one case and return its record: the tile it runs with and its `Footprint`; of a Gluon kernel also whether
-    it copies with TMA, and what ptxas says of wgmma instructions that it serialized."""
+    it copies with TMA, and what ptxas says of wgmma instructions that it made wait."""
     from regard.bench.cross_compile import (
         compile_launch,
         footprint,
@@ -278,7 +282,7 @@ def faults(config: AttentionConfig, seen: Mapping[str, Any], recorded: Mapping[s
         found.append(f"float32 products use {seen['matrix']}, which rounds them to tf32 unasked")
     if not seen.get("tma", True):
         found.append("no TMA: found no cp.async.bulk.tensor in the PTX")
-    found += [f"ptxas serializes wgmma: {sentence}" for sentence in seen.get("serialized", ())]
+    found += [f"ptxas on wgmma: {sentence}" for sentence in seen.get("serialized", ())]
     if recorded is None:
         return [*found, f"no record of this case (seen: {describe(seen)}); record it with footprints.py --write"]
     for figure, unit in (("spills", "bytes a thread"), ("shared", "bytes")):

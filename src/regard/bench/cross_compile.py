@@ -122,9 +122,8 @@ def has_tma(compiled: Any) -> bool:
 
 
 def wgmma_serializations(compiled: Any, arch: str) -> list[str]:
-    """What ptxas says of wgmma instructions that it could not leave asynchronous (advisories C7510 and its like).
-
-    Each means that products no longer overlap with anything.
+    """What ptxas says of wgmma instructions that it serialized or waits for on its own (C7510, C7517 and their like):
+    each means that products no longer overlap with anything.
     """
     from triton.backends.nvidia.compiler import get_ptxas  # which one it is depends on Triton's version
 
@@ -135,7 +134,7 @@ def wgmma_serializations(compiled: Any, arch: str) -> list[str]:
         ptx.write_text(compiled.asm["ptx"])
         # wgmma belongs to the features of one architecture alone, which is what the "a" asks for.
         said = _output_of(ptxas, "-v", f"--gpu-name=sm_{capability}a", str(ptx), "-o", str(cubin))
-    return sorted(set(re.findall(r"C75\d\d[^\n]*", said)))
+    return sorted(set(re.findall(r"\bC75\d\d\b[^\n]*", said)))
 
 
 def _cubin_usage(cubin: bytes) -> str:

@@ -1,0 +1,129 @@
+"""The compile gate's Hopper cases cover every tile and every feature, and it sees what it is there to see.
+
+`test_footprints.py` compiles them.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+
+import footprints
+import pytest
+
+from regard.backends.hopper import HopperBackend
+from regard.bench.cross_compile import has_tma, meta_inputs, source_of, wgmma_serializations
+from regard.kernels import hopper_tuning
+
+FORWARD, BACKWARD = (footprints.cases(f"hopper-{direction}", "sm90") for direction in ("forward", "backward"))
+CASES = {**FORWARD, **BACKWARD}
+GOOD = dict(tile="128x128 w12 s2", registers=168, shared=197000, spills=0, matrix="wgmma", tma=True, serialized=[])
+
+
+def launch_of(name, config):
+    return footprints.KERNELS[name.split()[0]].launch(config, meta_inputs(config))
+
+
+def source(name, **changes):
+    config = dataclasses.replace(CASES[name], **changes)
+    kernel, arguments, _ = launch_of(name, config)
+    made = source_of(kernel, arguments, "sm90")
+    return made.signature, made.constants, made.attrs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_backend_serves_every_case(name):
+    config = dataclasses.replace(CASES[name], requires_grad=name in BACKWARD)
+    assert not HopperBackend().unsupported_reasons(config)
+
+
+def test_no_other_architecture_has_cases():
+    assert not footprints.cases("hopper-forward", "sm100") and not footprints.cases("hopper-backward", "sm80")
+
+
+def test_every_tile_is_compiled():
+    compiled = {
+        tuple(launch_of(name, config)[1][key] for key in ("BLOCK_M", "BLOCK_N")) for name, config in FORWARD.items()
+    }
+    tiles = [hopper_tuning.forward_tile(d, d, causal, length, raw) for d in (64, 128, 256) for causal in (False, True)
+             for length in (512, 8192) for raw in (False, True)]  # fmt: skip
+    assert {(tile.block_m, tile.block_n) for tile in tiles} <= compiled
+    sizes = {launch_of(name, config)[1]["BLOCK_M"] for name, config in BACKWARD.items()}
+    assert sizes == {hopper_tuning.backward_block_m(d, d) for d in (64, 128)}
+
+
+def test_every_feature_is_compiled():
+    for cases in (FORWARD, BACKWARD):
+        features = {feature.split("=")[0] for config in cases.values() for feature in config.features()}
+        assert features >= {"causal", "window", "alibi", "sinks", "varlen"}
+        assert any(config.heads_kv < config.heads_q for config in cases.values())
+    assert any(config.softcap for config in FORWARD.values()), "its gradient is left to flash"
+    assert {config.dtype.itemsize for config in CASES.values()} == {2}
+    assert len({config.dtype for config in FORWARD.values()}) == 2
+
+
+def test_descriptors_and_what_is_off_are_compiled_in():
+    signature, constants, attributes = source("hopper-forward d64 causal bf16")
+    layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4"
+    assert signature["k_desc"].startswith(f"tensordesc<bf16[1, 1, 128, 64],{layout}")
+    assert signature["lse_ptr"] == "*fp32" and signature["scale"] == "fp32"
+    off = [name for name, kind in signature.items() if kind == "constexpr"]
+    assert {"softcap", "alibi_ptr", "sinks_ptr", "window_left", "right_reach", "BLOCK_M"} <= set(off)
+    assert len(constants) == len(off) and attributes
+
+
+@pytest.mark.parametrize("name", ["hopper-forward d128 causal bf16", "hopper-backward d128 causal bf16"])
+def test_sizes_compile_nothing_anew(name):
+    sizes = dict(batch=1, seqlen_q=1280, seqlen_k=1536, heads_q=1, heads_kv=1)
+    assert source(name) == source(name, **sizes)
+    assert source(name) != source(name, window=(64, 0)), "a feature does"
+
+
+PTX = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry product(.param .u64 out, .param .u64 tile) {
+  .reg .f32 %f<4>;
+  .reg .b64 %rd<2>;
+  ld.param.u64 %rd0, [out];
+  ld.param.u64 %rd1, [tile];
+  ld.global.v4.f32 {%f0, %f1, %f2, %f3}, [%rd0];
+  wgmma.fence.sync.aligned;
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %rd1, %rd1, 1, 1, 1, 0, 0;
+  wgmma.commit_group.sync.aligned;
+  WAIT
+  st.global.v4.f32 [%rd0], {%f0, %f1, %f2, %f3};
+  ret;
+}
+"""
+
+
+def compiled(ptx):
+    return SimpleNamespace(asm={"ptx": ptx})
+
+
+def test_what_ptxas_says_of_wgmma_is_read():
+    waits = compiled(PTX.replace("WAIT", "wgmma.wait_group.sync.aligned 0;"))
+    assert wgmma_serializations(waits, "sm90") == []
+    (said,) = wgmma_serializations(compiled(PTX.replace("WAIT", "")), "sm90")
+    assert said.startswith("C7517") and "injected" in said
+
+
+def test_tma_is_seen():
+    assert has_tma(compiled("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r1];"))
+    assert not has_tma(compiled("cp.async.cg.shared.global [%r1], [%rd1], 16;"))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(tma=False), "no TMA: found no cp.async.bulk.tensor in the PTX"),
+        (dict(serialized=["C7510) Potential Performance Loss"]), "ptxas on wgmma: C7510) Potential Performance Loss"),
+        (dict(shared=232449), "shared memory is 232449 bytes; sm90 has 232448"),
+        (dict(matrix="mma"), "no matrix instruction: found mma, expected wgmma"),
+        (dict(spills=16), "spills rose from 0 to 16"),
+        ({}, None),
+    ],
+)
+def test_what_is_wrong_with_a_hopper_kernel_is_said(change, sentence):
+    found = footprints.faults(CASES["hopper-forward d128 causal bf16"], {**GOOD, **change}, GOOD)
+    assert not found if sentence is None else any(sentence in fault for fault in found)
