@@ -62,18 +62,18 @@ GOOD = dict(tile="64x64 w4 s1", registers=128, shared=32768, spills=0, matrix="m
     ],
 )
 def test_what_got_worse_is_said(change, sentence):
-    config = footprints.cases("forward", "sm80")["forward d64 plain bf16"]
+    config = footprints.cases("forward", "sm80")["forward d64 causal bf16"]
     found = footprints.faults(config, {**GOOD, **change}, GOOD)
     assert not found if sentence is None else any(sentence in fault for fault in found)
 
 
 def test_a_case_without_record_is_a_fault():
-    config = footprints.cases("forward", "sm80")["forward d64 plain bf16"]
+    config = footprints.cases("forward", "sm80")["forward d64 causal bf16"]
     assert "no record of this case" in footprints.faults(config, GOOD, None)[0]
 
 
 def test_what_got_better_is_no_fault():
-    config = footprints.cases("forward", "sm80")["forward d64 plain bf16"]
+    config = footprints.cases("forward", "sm80")["forward d64 causal bf16"]
     worse = {**GOOD, "spills": 16}
     assert footprints.faults(config, GOOD, worse) == []
     assert footprints.improvements(GOOD, worse) == ["spills fell from 16 to 0"]
