@@ -25,6 +25,17 @@ def test_shapes_dtypes_and_lse():
     assert isinstance(regard.attention(Q, K, V), torch.Tensor)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "flash"])
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
+def test_values_of_heads_may_have_any_stride(backend, name):
+    reasons = regard.explain(Q, K, V).reasons(backend)
+    if reasons:
+        pytest.skip("; ".join(map(str, reasons)))
+    for values in (normal(12, seed=3)[::2], normal(1, seed=3).expand(6)):
+        out, expected = (regard.attention(Q, K, V, backend=backend, **{name: t}) for t in (values, values.contiguous()))
+        assert torch.equal(out, expected)
+
+
 def test_float64_is_served_by_the_reference():
     out = regard.attention(Q.double(), K.double(), V.double())
     assert out.dtype == torch.float64
