@@ -65,11 +65,15 @@ def test_backward(backend, case, dtype, record_property, request):
     passed_or_refused(check_backward(backend, case, DEVICE, dtype), record_property)
 
 
-@pytest.mark.parametrize("backend, case, dtype", [p for p in parameters(REPEATED_CASES) if in_budget(*p.values)])
+# The interpreter runs programs in order, and flash computes deterministic gradients always: nothing to see.
+REPEATED = [p for p in parameters(REPEATED_CASES) if p.values[0] != "flash" or DEVICE == "cuda"]
+
+
+@pytest.mark.parametrize("backend, case, dtype", REPEATED)
 def test_repeatable(backend, case, dtype, record_property):
     passed_or_refused(check_repeatable(backend, case, DEVICE, dtype, runs=2), record_property)
 
 
-@pytest.mark.parametrize("backend, case, dtype", [p for p in parameters(REPEATED_CASES) if in_budget(*p.values)])
+@pytest.mark.parametrize("backend, case, dtype", REPEATED)
 def test_deterministic_backward(backend, case, dtype, record_property):
     passed_or_refused(check_backward(backend, case, DEVICE, dtype, deterministic=True), record_property)
