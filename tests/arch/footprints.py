@@ -180,7 +180,8 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             continue
         if itemsize == 4:
             shared = kernel == "forward" and arch in FLOAT32_ARCHITECTURES
-            if shared or (head_dim == 64 and kernel != "backward-queries"):
+            alone = kernel == "forward" or (kernel == "backward-keys" and arch in FLOAT32_ARCHITECTURES)
+            if shared or (head_dim == 64 and alone):
                 add(f"d{head_dim} causal", torch.float32, head_dim=head_dim, causal=True)
             continue
         for causal, length in _calls_by_tile(rules).values():
@@ -188,7 +189,7 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             add(name, torch.bfloat16, head_dim=head_dim, seqlen_q=length, seqlen_k=length, causal=causal)
         if kernel == "forward" and any(rule.aligned is False for rule in rules):
             add(f"d{head_dim - 8}-mqa unaligned", torch.bfloat16, head_dim=head_dim - 8, heads_kv=1)
-    if kernel == "forward" or arch in EVERYTHING_ARCHITECTURES:
+    if arch in EVERYTHING_ARCHITECTURES:
         add("d128 everything", torch.bfloat16, head_dim=128, **EVERYTHING)
     if kernel != "forward":
         return made  # its features are the forward's own device functions: all at once is enough
