@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from regard import AttentionConfig, AttentionInputs, FallbackWarning, Registry
-from regard.backends import hopper, register_builtin_backends
+from regard.backends import flash, hopper, register_builtin_backends
+from regard.backends.flash import FlashBackend
 from regard.backends.hopper import HopperBackend
 from regard.bench.cross_compile import meta_inputs
 from regard.kernels import hopper_tuning, tuning
@@ -77,6 +78,15 @@ def test_triton_must_be_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (reason,) = HopperBackend().unsupported_reasons(CONFIG)
     assert str(reason).startswith("not_installed: got no triton, needs triton >= 3.6")
+
+
+@pytest.mark.parametrize("backend", [HopperBackend(), FlashBackend()], ids=lambda backend: backend.name)
+def test_triton_must_be_new_enough(backend, monkeypatch):
+    monkeypatch.setattr(flash, "_installed_triton", lambda: "3.5.1")
+    (reason,) = backend.unsupported_reasons(CONFIG)
+    assert str(reason).startswith("not_installed: got triton 3.5.1, needs triton >= 3.6")
+    monkeypatch.setattr(flash, "_installed_triton", lambda: None)  # installed under another name
+    assert backend.unsupported_reasons(CONFIG) == []
 
 
 # --- What it is chosen for

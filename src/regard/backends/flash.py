@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
@@ -50,10 +51,9 @@ class FlashBackend:
 
     def unsupported_reasons(self, config: AttentionConfig) -> Sequence[Reason]:
         reasons = []
-        if importlib.util.find_spec("triton") is None:
-            reasons.append(
-                Reason("not_installed", "no triton", "triton >= 3.6", "CUDA and ROCm builds of torch bring it")
-            )
+        missing = triton_reason()
+        if missing is not None:
+            reasons.append(missing)
         elif config.device != "cuda" and not (config.device == "cpu" and _interpreting()):
             reasons.append(Reason("device", config.device, "cuda (NVIDIA or ROCm)"))
         elif config.device == "cuda" and tuning.table_architecture(config.arch) is None:
@@ -399,6 +399,24 @@ def _product_precision(config: AttentionConfig) -> str:
     if config.dtype != torch.float32 or config.arch.startswith("gfx"):
         return "ieee"
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+
+
+def triton_reason() -> Reason | None:
+    """What the kernels miss of Triton, found without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return Reason("not_installed", "no triton", "triton >= 3.6", "CUDA and ROCm builds of torch bring it")
+    installed = _installed_triton()
+    if installed is None or tuple(map(int, installed.split(".")[:2])) >= (3, 6):
+        return None
+    return Reason("not_installed", f"triton {installed}", "triton >= 3.6", "newer builds of torch bring it")
+
+
+@functools.cache
+def _installed_triton() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # some builds for ROCm have a name of their own
+        return None
 
 
 @functools.cache

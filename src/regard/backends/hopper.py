@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regard.backends.flash import Launch, row_terms_launch, sink_gradient
+from regard.backends.flash import Launch, row_terms_launch, sink_gradient, triton_reason
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.kernels import hopper_tuning, tuning
@@ -30,11 +29,8 @@ class HopperBackend:
     name = "hopper"
 
     def unsupported_reasons(self, config: AttentionConfig) -> Sequence[Reason]:
-        reasons = []
-        if importlib.util.find_spec("triton") is None:
-            reasons.append(
-                Reason("not_installed", "no triton", "triton >= 3.6", "CUDA and ROCm builds of torch bring it")
-            )
+        missing = triton_reason()
+        reasons = [] if missing is None else [missing]
         if config.device != "cuda":
             reasons.append(Reason("device", config.device, "cuda"))
         elif config.arch != "sm90":
