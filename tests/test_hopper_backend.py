@@ -420,6 +420,24 @@ def test_a_repeated_launch_describes_its_own_tensors(monkeypatch, first, second)
     assert len(launched) == len({first, second}) and len(compiled.calls) == 4 - len(launched)
 
 
+def test_a_launch_is_repeated_for_the_same_strides_only(monkeypatch):
+    """A config made by hand says nothing of strides, and may serve tensors of any."""
+    compiled, launched = Recorded(), []
+    monkeypatch.setattr(hopper.Launch, "run", lambda self, device: (launched.append(self), compiled)[1])
+    monkeypatch.setattr(hopper, "_counter", lambda device: torch.zeros(2, dtype=torch.int32))
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: MULTIPROCESSORS)
+    called = config(batch=2, seqlen_q=5, seqlen_k=5, heads_q=3, heads_kv=3, head_dim=16)
+    out, lse = torch.empty(2, 5, 3, 16, dtype=torch.bfloat16), torch.empty(2, 3, 5)
+    compact = stored(2, 5, 3, 16)
+    permuted = stored(2, 3, 5, 16).transpose(1, 2)
+    for tensor in (compact, permuted, compact, permuted):
+        hopper._forward(called, AttentionInputs(tensor, tensor, tensor), out, lse)
+    assert len(launched) == 2 and len(compiled.calls) == 2
+    for values, tensor in zip(compiled.calls, (compact, permuted), strict=True):
+        said = dict(zip(launched[0].kernel.arg_names, values, strict=True))
+        assert torch.equal(seen(said["k_desc"]), by_head(tensor))
+
+
 @pytest.mark.parametrize("sequences, slots", [(1, 32), (32, 32), (33, 64), (100, 128)])
 def test_slots_for_packed_sequences(sequences, slots):
     said = forward_arguments(config(batch=sequences, **PACKED))

@@ -118,8 +118,12 @@ def _forward(config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse:
     if sinks is not None:
         sinks = sinks.contiguous()
     others = (cu_seqlens_q, cu_seqlens_k, kv_lens, slopes, sinks)
-    # Where q, k and v start decides whether TMA reads them or compact copies, with strides of their own.
-    key = ("hopper forward", device.index, *[t is None or t.data_ptr() % 16 == 0 for t in (q, k, v, *others)])
+    # Where q, k and v start decides whether TMA reads them or compact copies, with strides of their own. The other
+    # properties are the config's, but one made by hand says nothing of strides.
+    key = (
+        "hopper forward", device.index, q.stride(), k.stride(), v.stride(), sinks is not None and sinks.dtype,
+        *[t is None or t.data_ptr() % 16 == 0 for t in (q, k, v, *others)],
+    )  # fmt: skip
     known: _Repetition | None = config.prepared.get(key)
     if known is None:
         launch = forward_launch(config, inputs, out, lse, counter, _multiprocessors(device))
