@@ -58,6 +58,17 @@ class AttentionInputs(NamedTuple):
     block_table: Tensor | None = None
     dropout_seed: Tensor | None = None
 
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Of the output: q's, with v's head dim."""
+        return (*self.q.shape[:-1], self.v.shape[-1])
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """(B, Hq, Sq), or packed (Hq, total_q)."""
+        *batch, rows, heads, _ = self.q.shape
+        return (*batch, heads, rows)
+
 
 @dataclass(frozen=True)
 class AttentionConfig:

@@ -72,19 +72,11 @@ def _forward(
 
 def _empty_result(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """No rows, or rows that see no key: out 0, lse -inf (the sink alone where there is one)."""
-    out = inputs.q.new_zeros(_out_shape(inputs))
-    lse = inputs.q.new_full(_lse_shape(inputs.q), float("-inf"), dtype=_lse_dtype(inputs.q))
+    out = inputs.q.new_zeros(inputs.out_shape)
+    lse = inputs.q.new_full(inputs.lse_shape, float("-inf"), dtype=_lse_dtype(inputs.q))
     if inputs.sinks is not None:
         lse = torch.maximum(lse, inputs.sinks.to(lse.dtype)[:, None])
     return out, lse
-
-
-def _out_shape(inputs: AttentionInputs) -> tuple[int, ...]:
-    return (*inputs.q.shape[:-1], inputs.v.shape[-1])
-
-
-def _lse_shape(q: Tensor) -> tuple[int, ...]:
-    return (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -161,8 +153,8 @@ def attention_fwd(
 
 @attention_fwd.register_fake
 def _attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))
+    inputs = AttentionInputs(q, k, v)
+    return q.new_empty(inputs.out_shape), q.new_empty(inputs.lse_shape, dtype=_lse_dtype(q))
 
 
 @attention_fwd.register_vmap

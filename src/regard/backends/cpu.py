@@ -56,9 +56,8 @@ class CpuBackend:
             out, lse = _attend(_Piece.of(config, inputs, spans[0]))
             return out.transpose(1, 2).contiguous(), lse
         q = inputs.q
-        out = q.new_empty((*q.shape[:-1], inputs.v.shape[-1]))
-        lse_shape = (q.shape[1], q.shape[0]) if config.varlen else (q.shape[0], q.shape[2], q.shape[1])
-        lse = q.new_empty(lse_shape, dtype=_accumulator(q.dtype))
+        out = q.new_empty(inputs.out_shape)
+        lse = q.new_empty(inputs.lse_shape, dtype=_accumulator(q.dtype))
         for span in spans:
             piece_out, piece_lse = _attend(_Piece.of(config, inputs, span))
             span.queries(out).copy_(piece_out)

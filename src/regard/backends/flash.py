@@ -74,10 +74,9 @@ class FlashBackend:
         return config.kv_layout
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        q, v = inputs.q, inputs.v
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-        lse_shape = (q.shape[1], q.shape[0]) if config.varlen else (q.shape[0], q.shape[2], q.shape[1])
-        lse = q.new_empty(lse_shape, dtype=torch.float32)
+        q = inputs.q
+        out = q.new_empty(inputs.out_shape)
+        lse = q.new_empty(inputs.lse_shape, dtype=torch.float32)
         forward_launch(config, inputs, out, lse).run(q.device)
         return out, lse
 
@@ -94,11 +93,8 @@ class FlashBackend:
         assert lse is not None
         if not _aligned(grad_out):
             grad_out = grad_out.contiguous()
-        # Every row of a padded batch is written, but packed sequences may leave some out.
-        new = torch.zeros_like if config.varlen else torch.empty_like
-        row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
-        found = {name: new(getattr(inputs, name), memory_format=torch.contiguous_format) for name in ("q", "k", "v")}
-        row_terms_launch(config, inputs, out, grad_out, lse, grad_lse, row_lse, delta).run(grad_out.device)
+        found = new_gradients(config, inputs)
+        row_lse, delta = prepare_rows(config, inputs, out, grad_out, lse, grad_lse)
         for launch in backward_launches(config, inputs, grad_out, row_lse, delta, inputs._replace(**found)):
             launch.run(grad_out.device)
         if inputs.bias is not None and config.bias_requires_grad:
@@ -136,6 +132,29 @@ def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor
     )
     programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q
     return _launch(attention_forward, programs, arguments, tile)
+
+
+def new_gradients(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Tensor]:
+    """Memory for the gradients of q, k and v.
+
+    Every row of a padded batch is written, but packed sequences may leave some out.
+    """
+    new = torch.zeros_like if config.varlen else torch.empty_like
+    return {name: new(getattr(inputs, name), memory_format=torch.contiguous_format) for name in ("q", "k", "v")}
+
+
+def prepare_rows(
+    config: AttentionConfig,
+    inputs: AttentionInputs,
+    out: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What a backward needs of each query, row_lse and delta: see `regard.kernels.backward.row_terms`."""
+    row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
+    row_terms_launch(config, inputs, out, grad_out, lse, grad_lse, row_lse, delta).run(grad_out.device)
+    return row_lse, delta
 
 
 def row_terms_launch(

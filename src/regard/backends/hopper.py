@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.flash import Launch, row_terms_launch, sink_gradient, triton_reason
+from regard.backends.flash import Launch, new_gradients, prepare_rows, sink_gradient, triton_reason
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.kernels import hopper_tuning, tuning
@@ -58,10 +58,9 @@ class HopperBackend:
         return KvCacheLayout.PACKED if config.varlen else KvCacheLayout.CONTIGUOUS
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        q, v = inputs.q, inputs.v
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-        lse_shape = (q.shape[1], q.shape[0]) if config.varlen else (q.shape[0], q.shape[2], q.shape[1])
-        lse = q.new_empty(lse_shape, dtype=torch.float32)
+        q = inputs.q
+        out = q.new_empty(inputs.out_shape)
+        lse = q.new_empty(inputs.lse_shape, dtype=torch.float32)
         if torch.cuda.current_device() == q.device.index:
             _forward(config, inputs, out, lse)
         else:
@@ -81,17 +80,15 @@ class HopperBackend:
     ) -> Gradients:
         assert lse is not None
         grad_out = _readable_by_tma(grad_out)
-        row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
-        row_terms_launch(config, inputs, out, grad_out, lse, grad_lse, row_lse, delta).run(grad_out.device)
-        # Every row of a padded batch is written, but packed sequences may leave some out.
-        new = torch.zeros_like if config.varlen else torch.empty_like
-        dq, dk, dv = (new(t, memory_format=torch.contiguous_format) for t in (inputs.q, inputs.k, inputs.v))
+        row_lse, delta = prepare_rows(config, inputs, out, grad_out, lse, grad_lse)
+        found = new_gradients(config, inputs)
+        dq, dk, dv = found.values()
         sums = torch.zeros_like(dq, dtype=torch.float32)
         backward_launch(config, inputs, grad_out, row_lse, delta, sums, dk, dv).run(grad_out.device)
-        found: Gradients = {"q": torch.mul(sums, config.softmax_scale, out=dq), "k": dk, "v": dv}
+        torch.mul(sums, config.softmax_scale, out=dq)
         if inputs.sinks is not None:
             found["sinks"] = sink_gradient(inputs, row_lse, delta).to(inputs.sinks.dtype)
-        return found
+        return {**found}
 
 
 def _backward_reasons(config: AttentionConfig) -> list[Reason]:
@@ -322,30 +319,24 @@ def _strides_suit_tma(strides: tuple[int, ...], size: int) -> bool:
 
 def _query_descriptor(tensor: Tensor, pack: int, block_d: int) -> Any:
     """TMA descriptor of q or out as (B, Hq / pack, Sq, pack, D), for 64 rows at a time."""
-    batch, length, heads, head_dim = tensor.shape if tensor.ndim == 4 else (1, *tensor.shape)
-    across_batch, along, across_heads = (
-        tensor.stride()[:3] if tensor.ndim == 4 else (tensor.numel(), *tensor.stride()[:2])
-    )
-    shape = (batch, heads // pack, length, pack, head_dim)
-    strides = (_whole(across_batch, tensor), across_heads * pack, along, across_heads, 1)
-    block = (1, 1, hopper_tuning.ROWS // pack, pack, block_d)
-    return _with_tensor(_template(shape, strides, block, tensor.dtype), tensor)
+    batch, length, heads, head_dim = (batched := _batched(tensor)).shape
+    by_head = batched.view(batch, length, heads // pack, pack, head_dim).transpose(1, 2)
+    return _described(tensor, by_head, (1, 1, hopper_tuning.ROWS // pack, pack, block_d))
 
 
 def _descriptor(tensor: Tensor, rows: int, block_d: int) -> Any:
     """TMA descriptor of a tensor as (B, H, S, D), for so many rows at a time."""
-    batch, length, heads, head_dim = tensor.shape if tensor.ndim == 4 else (1, *tensor.shape)
-    across_batch, along, across_heads = (
-        tensor.stride()[:3] if tensor.ndim == 4 else (tensor.numel(), *tensor.stride()[:2])
-    )
-    strides = (_whole(across_batch, tensor), across_heads, along, 1)
-    template = _template((batch, heads, length, head_dim), strides, (1, 1, rows, block_d), tensor.dtype)
-    return _with_tensor(template, tensor)
+    return _described(tensor, _batched(tensor).transpose(1, 2), (1, 1, rows, block_d))
 
 
-def _whole(stride: int, tensor: Tensor) -> int:
-    """A batch stride that nobody follows, packed sequences have one batch entry, as one that TMA accepts."""
-    return stride if tensor.ndim == 4 else -(-stride // _TMA_BYTES) * _TMA_BYTES
+def _batched(tensor: Tensor) -> Tensor:
+    """The tensor as (B, S, H, D): packed sequences are a batch of one."""
+    return tensor if tensor.ndim == 4 else tensor.unsqueeze(0)
+
+
+def _described(tensor: Tensor, view: Tensor, block: tuple[int, ...]) -> Any:
+    """TMA descriptor of a tensor in the shape of a view of it."""
+    return _with_tensor(_template(tuple(view.shape), view.stride(), block, tensor.dtype), tensor)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -147,9 +147,8 @@ def launches(backend: str, config: AttentionConfig, inputs: AttentionInputs, mod
     made: list[Launch] = []
     with _written_down(made):
         q = inputs.q
-        out = q.new_empty((*q.shape[:-1], config.head_dim_v))
-        lse_shape = q.shape[1::-1] if config.varlen else (q.shape[0], q.shape[2], q.shape[1])
-        lse = q.new_empty(lse_shape, dtype=torch.float32)
+        out = q.new_empty(inputs.out_shape)
+        lse = q.new_empty(inputs.lse_shape, dtype=torch.float32)
         if mode != "bwd":
             made.append(_forward_launch(backend, config, inputs, out, lse))
         if mode != "fwd":
