@@ -56,6 +56,16 @@ def test_causal_with_a_scale_that_is_not_positive(scale):
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_a_bias_in_a_wider_dtype(softcap):
+    q, k, v = (torch.randn(1, 9, 2, 8, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 2, 9, 9, dtype=torch.float64)
+    (out, _), (expected, _) = both(q, k, v, bias=bias, softcap=softcap)
+    torch.testing.assert_close(out, expected)
+    found, wanted = torch.autograd.grad(out.sum(), q), torch.autograd.grad(expected.sum(), q)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_window_makes_no_square_of_scores():
     length = 20_000
     q, k, v = (torch.randn(1, length, 1, 8) for _ in range(3))

@@ -420,7 +420,7 @@ def _masked_scores(piece: _Piece, rows: range, keys: range) -> tuple[Tensor, Ten
         scores = config.softcap * tanh
     added, visible = piece.added(rows, keys), piece.visible(rows, keys)
     if added is not None:
-        scores = scores + added
+        scores = scores + added.to(scores.dtype)
     if visible is not None:
         scores = scores.masked_fill(~visible, -_INF)
     return scores, tanh
