@@ -241,19 +241,32 @@ def backward_launch(
         sums: contiguous fp32 zeros of q's shape.
         dk, dv: contiguous, of k's and v's shapes.
     """
-    from regard.kernels.hopper_backward import BLOCK_N, KEYS, attention_backward
-
     block_d, block_dv = (max(64, tuning.padded_head_dim(d)) for d in (config.head_dim, config.head_dim_v))
-    block_m = hopper_tuning.backward_block_m(config.head_dim, config.head_dim_v)
+    wide = max(block_d, block_dv) > 128
+    if wide:
+        from regard.kernels.hopper_backward_wide import BLOCK, attention_backward_wide as attention_backward
+
+        block_m = block_n = BLOCK.value
+        dq_columns = WIDE["dq_columns"]
+        stages = dict(
+            QUERY_STAGES=WIDE["query_stages"], GRAD_STAGES=WIDE["grad_stages"], DQ_TILES=WIDE["dq_tiles"]
+        )
+    else:
+        from regard.kernels.hopper_backward import BLOCK_N, attention_backward
+
+        block_m = hopper_tuning.backward_block_m(config.head_dim, config.head_dim_v)
+        block_n = BLOCK_N.value
+        dq_columns = block_d if block_m == 128 else block_d // 2
+        stages = dict(STAGES=2, BLOCK_M=block_m)
     arguments = dict(
         **_shared_arguments(config, inputs),
         q_desc=_descriptor(_readable_by_tma(inputs.q), block_m, block_d),
-        k_desc=_descriptor(_readable_by_tma(inputs.k), BLOCK_N.value, block_d),
-        v_desc=_descriptor(_readable_by_tma(inputs.v), BLOCK_N.value, block_dv),
+        k_desc=_descriptor(_readable_by_tma(inputs.k), block_n, block_d),
+        v_desc=_descriptor(_readable_by_tma(inputs.v), block_n, block_dv),
         grad_out_desc=_descriptor(grad_out, block_m, block_dv),
-        dq_desc=_descriptor(sums, hopper_tuning.ROWS, block_d if block_m == 128 else block_d // 2),
-        dk_desc=_descriptor(dk, KEYS.value, block_d),
-        dv_desc=_descriptor(dv, KEYS.value, block_dv),
+        dq_desc=_descriptor(sums, hopper_tuning.ROWS, dq_columns),
+        dk_desc=_descriptor(dk, hopper_tuning.ROWS, block_d),
+        dv_desc=_descriptor(dv, hopper_tuning.ROWS, block_dv),
         dk_ptr=dk,
         dv_ptr=dv,
         row_lse_ptr=row_lse,
@@ -261,12 +274,15 @@ def backward_launch(
         heads=config.heads_q,
         heads_kv=config.heads_kv,
         HEAD_DIM=config.head_dim,
-        BLOCK_M=block_m,
-        STAGES=2,
-        RAGGED=_cut(config, BLOCK_N.value),
+        RAGGED=_cut(config, block_n),
+        **stages,
     )
-    programs = -(-config.seqlen_k // BLOCK_N.value) * config.batch * config.heads_kv
-    return Launch(attention_backward, programs, _wanted(attention_backward, arguments), dict(num_warps=4, maxnreg=168))
+    programs = -(-config.seqlen_k // block_n) * config.batch * config.heads_kv
+    options = dict(num_warps=4, maxnreg=128 if wide else 168)
+    return Launch(attention_backward, programs, _wanted(attention_backward, arguments), options)
+
+
+WIDE = dict(query_stages=2, grad_stages=1, dq_columns=64, dq_tiles=2)
 
 
 def _shared_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:

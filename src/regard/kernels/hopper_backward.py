@@ -90,8 +90,10 @@ class Call:
 
 
 @gluon.jit
-def query_blocks(first, length_q, length_k, window_left, right_reach, BLOCK_M: gl.constexpr):
-    """Query blocks [low, high) that see keys first..first+127, and those of them, [full_low, full_high), that see all.
+def query_blocks(
+    first, length_q, length_k, window_left, right_reach, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """Query blocks [low, high) that see a key tile, and those of them, [full_low, full_high), that see all of it.
 
     A tile with keys past the sequence has no full blocks: such a key's weight must come out as 0.
     """
@@ -374,7 +376,9 @@ def attention_backward(
             return
     if kv_lens_ptr is not None:
         length_k = gl.minimum(gl.maximum(gl.load(kv_lens_ptr + sequence), 0), seqlen_k)
-    low, full_low, full_high, high = query_blocks(first_key, length_q, length_k, window_left, right_reach, BLOCK_M)
+    low, full_low, full_high, high = query_blocks(
+        first_key, length_q, length_k, window_left, right_reach, BLOCK_M, BLOCK_N
+    )
 
     queries = make_ring(stages_for(q_desc, STAGES), STAGES, 1, 2)
     grads = make_companion(queries, stages_for(grad_out_desc, STAGES), 1)
