@@ -90,7 +90,7 @@ def test_every_backend_that_can_serve_a_case_is_profiled(monkeypatch, case, arch
 
 
 def test_a_launch_is_made_again_afterwards():
-    from regard.backends.flash import Launch
+    from regard.backends.launch import Launch
 
     config = parse(CASE).config("cuda", "sm90")
     before = Launch.run

@@ -5,17 +5,17 @@ On a CPU it serves only where Triton's interpreter is active (TRITON_INTERPRET=1
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from regard.backends.launch import Launch, appearance, launch_or_repeat, on_device
 from regard.backends.reference import dropout_threshold
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
@@ -25,20 +25,6 @@ from regard.registry import Gradients
 MAX_HEAD_DIM = 256
 _INTERPRETER_ARCH = "sm80"
 _LARGEST_TILE = 256  # rows or columns; strides from 2**31 / this on need 64-bit offsets inside a tile
-
-
-class Launch(NamedTuple):
-    """One kernel launch: everything but the device."""
-
-    kernel: Any
-    programs: int
-    arguments: Mapping[str, Any]
-    options: Mapping[str, int]
-
-    def run(self, device: torch.device) -> Any:
-        """Launch, and return the compiled kernel."""
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            return self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 class FlashBackend:
@@ -77,7 +63,14 @@ class FlashBackend:
         q = inputs.q
         out = q.new_empty(inputs.out_shape)
         lse = q.new_empty(inputs.lse_shape, dtype=torch.float32)
-        forward_launch(config, inputs, out, lse).run(q.device)
+        with on_device(q.device):
+            launch_or_repeat(
+                config.prepared,
+                ("flash forward", q.device.index, _product_precision(config), appearance(inputs)),
+                _score_tensors(config, inputs) | _forward_tensors(inputs, out, lse),
+                lambda: forward_launch(config, inputs, out, lse),
+                q.device,
+            )
         return out, lse
 
     @torch.no_grad()
@@ -120,10 +113,7 @@ def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor
     arguments = dict(
         **_score_arguments(config, inputs),
         **_tile_arguments(config, tile, config.seqlen_k % tile.block_n != 0),
-        out_ptr=out,
-        lse_ptr=lse,
-        sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
-        block_table_ptr=inputs.block_table,
+        **_forward_tensors(inputs, out, lse),
         out_strides=_strides4(out),
         lse_strides=_lse_strides(lse),
         block_table_stride=0 if inputs.block_table is None else inputs.block_table.stride(0),
@@ -132,6 +122,15 @@ def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor
     )
     programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q
     return _launch(attention_forward, programs, arguments, tile)
+
+
+def _forward_tensors(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> dict[str, Tensor | None]:
+    return dict(
+        out_ptr=out,
+        lse_ptr=lse,
+        sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
+        block_table_ptr=inputs.block_table,
+    )
 
 
 def new_gradients(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Tensor]:
@@ -310,23 +309,14 @@ def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool) -> tu
 def _score_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
     """What every kernel needs to compute scores: the tensors that shape them, sizes and semantics."""
     left, right = _bounded_band(config)
-    mask = None if inputs.mask is None else inputs.mask.view(torch.uint8)
-    slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.float().expand(config.batch, config.heads_q)
+    tensors = _score_tensors(config, inputs)
+    slopes = tensors["alibi_ptr"]
     return dict(
-        q_ptr=inputs.q,
-        k_ptr=inputs.k,
-        v_ptr=inputs.v,
-        mask_ptr=mask,
-        bias_ptr=inputs.bias,
-        alibi_ptr=slopes,
-        cu_seqlens_q_ptr=inputs.cu_seqlens_q,
-        cu_seqlens_k_ptr=inputs.cu_seqlens_k,
-        kv_lens_ptr=inputs.kv_lens,
-        seed_ptr=inputs.dropout_seed,
+        **tensors,
         q_strides=_strides4(inputs.q),
         k_strides=_strides4(inputs.k),
         v_strides=_strides4(inputs.v),
-        mask_strides=_broadcast_strides(mask),
+        mask_strides=_broadcast_strides(inputs.mask),
         bias_strides=_broadcast_strides(inputs.bias),
         alibi_strides=(0, 0) if slopes is None else slopes.stride(),
         heads_q=config.heads_q,
@@ -343,6 +333,22 @@ def _score_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[s
         dropout_rescale=1 / (1 - config.dropout_p) if inputs.dropout_seed is not None else None,
         RAW=config.softcap == 0 and inputs.bias is None and slopes is None and config.softmax_scale > 0,
         PRECISION=_product_precision(config),
+    )
+
+
+def _score_tensors(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Tensor | None]:
+    slopes = inputs.alibi_slopes
+    return dict(
+        q_ptr=inputs.q,
+        k_ptr=inputs.k,
+        v_ptr=inputs.v,
+        mask_ptr=None if inputs.mask is None else inputs.mask.view(torch.uint8),
+        bias_ptr=inputs.bias,
+        alibi_ptr=None if slopes is None else slopes.float().expand(config.batch, config.heads_q),
+        cu_seqlens_q_ptr=inputs.cu_seqlens_q,
+        cu_seqlens_k_ptr=inputs.cu_seqlens_k,
+        kv_lens_ptr=inputs.kv_lens,
+        seed_ptr=inputs.dropout_seed,
     )
 
 

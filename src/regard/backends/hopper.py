@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.flash import Launch, new_gradients, prepare_rows, sink_gradient, triton_reason
+from regard.backends.flash import new_gradients, prepare_rows, sink_gradient, triton_reason
+from regard.backends.launch import Launch, appearance, launch_or_repeat, on_device
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.kernels import hopper_tuning, tuning
@@ -61,11 +62,8 @@ class HopperBackend:
         q = inputs.q
         out = q.new_empty(inputs.out_shape)
         lse = q.new_empty(inputs.lse_shape, dtype=torch.float32)
-        if torch.cuda.current_device() == q.device.index:
+        with on_device(q.device):
             _forward(config, inputs, out, lse)
-        else:
-            with torch.cuda.device(q.device):
-                _forward(config, inputs, out, lse)
         return out, lse
 
     @torch.no_grad()
@@ -107,63 +105,30 @@ def _backward_reasons(config: AttentionConfig) -> list[Reason]:
 
 def _forward(config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
     """Launch the forward, or repeat the launch of a call that looked the same."""
-    q, k, v, _, _, slopes, sinks, cu_seqlens_q, cu_seqlens_k, kv_lens, _, _ = inputs
+    q, k, v, *_ = inputs
     device = q.device
     counter = _counter(device)
-    if slopes is not None:
-        slopes = _slopes(config, slopes)
-    if sinks is not None:
-        sinks = sinks.contiguous()
-    others = (cu_seqlens_q, cu_seqlens_k, kv_lens, slopes, sinks)
-    # Where q, k and v start decides whether TMA reads them or compact copies, with strides of their own. The other
-    # properties are the config's, but one made by hand says nothing of strides.
-    key = (
-        "hopper forward", device.index, q.stride(), k.stride(), v.stride(), sinks is not None and sinks.dtype,
-        *[t is None or t.data_ptr() % 16 == 0 for t in (q, k, v, *others)],
-    )  # fmt: skip
-    known: _Repetition | None = config.prepared.get(key)
-    if known is None:
-        launch = forward_launch(config, inputs, out, lse, counter, _multiprocessors(device))
-        config.prepared[key] = _Repetition(launch, launch.run(device), _FORWARD_TENSORS)
-    else:
+    looks = appearance(inputs)
+    if not _suit_tma(looks[:3]):
         q, k, v = _readable_by_tma(q), _readable_by_tma(k), _readable_by_tma(v)
-        known.run((q, k, v, out), (out, lse, counter, *others))
-
-
-_FORWARD_TENSORS = (
-    "out_ptr", "lse_ptr", "counter_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr", "alibi_ptr",
-    "sinks_ptr",
-)  # fmt: skip
-
-
-class _Repetition:
-    """A launch to be made again with other tensors that look the same.
-
-    It goes past Triton's JIT, which would look over some forty arguments anew to find the kernel that is already known.
-    """
-
-    def __init__(self, launch: Launch, compiled: Any, tensors: Sequence[str]) -> None:
-        """``tensors``: names of the arguments that are plain tensors, in the order that `run` takes them."""
-        names = list(launch.arguments)
-        self._launch = compiled[(launch.programs, 1, 1)]
-        self._places = [names.index(name) for name in tensors]
-        self._values = [None if name in tensors else value for name, value in launch.arguments.items()]
-        self._descriptors = []
-        for place, name in enumerate(names):
-            if name.endswith("_desc"):
-                self._values[place] = None
-                self._descriptors.append((place, {**launch.arguments[name].__dict__, "base": None}))
-        self._type = type(launch.arguments["q_desc"])
-
-    def run(self, described: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> None:
-        """Launch on these tensors: those behind descriptors, and the others."""
-        values = self._values.copy()
-        for place, tensor in zip(self._places, tensors, strict=True):
-            values[place] = tensor
-        for (place, fields), tensor in zip(self._descriptors, described, strict=True):
-            values[place] = descriptor = object.__new__(self._type)
-            descriptor.__dict__ = {**fields, "base": tensor}
-        self._launch(*values)
+    tensors = dict(
+        q_desc=q,
+        k_desc=k,
+        v_desc=v,
+        out_desc=out,
+        out_ptr=out,
+        lse_ptr=lse,
+        counter_ptr=counter,
+        sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
+        **_shared_tensors(config, inputs),
+    )
+    launch_or_repeat(
+        config.prepared,
+        ("hopper forward", device.index, looks),
+        tensors,
+        lambda: forward_launch(config, inputs, out, lse, counter, _multiprocessors(device)),
+        device,
+    )
 
 
 def forward_launch(
@@ -248,9 +213,7 @@ def backward_launch(
 
         block_m = block_n = BLOCK.value
         dq_columns = WIDE["dq_columns"]
-        stages = dict(
-            QUERY_STAGES=WIDE["query_stages"], GRAD_STAGES=WIDE["grad_stages"], DQ_TILES=WIDE["dq_tiles"]
-        )
+        stages = dict(QUERY_STAGES=WIDE["query_stages"], GRAD_STAGES=WIDE["grad_stages"], DQ_TILES=WIDE["dq_tiles"])
     else:
         from regard.kernels.hopper_backward import BLOCK_N, attention_backward
 
@@ -289,10 +252,7 @@ def _shared_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[
     """What both kernels are told of a call."""
     left, right = config.band
     return dict(
-        cu_seqlens_q_ptr=inputs.cu_seqlens_q,
-        cu_seqlens_k_ptr=inputs.cu_seqlens_k,
-        kv_lens_ptr=inputs.kv_lens,
-        alibi_ptr=None if inputs.alibi_slopes is None else _slopes(config, inputs.alibi_slopes),
+        **_shared_tensors(config, inputs),
         batch=config.batch,
         seqlen_q=config.seqlen_q,
         seqlen_k=config.seqlen_k,
@@ -305,9 +265,16 @@ def _shared_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[
     )
 
 
-def _slopes(config: AttentionConfig, slopes: Tensor) -> Tensor:
-    """ALiBi slopes as (B, Hq) fp32."""
-    return slopes.float().expand(config.batch, config.heads_q).contiguous()
+def _shared_tensors(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Tensor | None]:
+    slopes = inputs.alibi_slopes
+    if slopes is not None:  # (B, Hq) fp32
+        slopes = slopes.float().expand(config.batch, config.heads_q).contiguous()
+    return dict(
+        cu_seqlens_q_ptr=inputs.cu_seqlens_q,
+        cu_seqlens_k_ptr=inputs.cu_seqlens_k,
+        kv_lens_ptr=inputs.kv_lens,
+        alibi_ptr=slopes,
+    )
 
 
 def _wanted(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -325,6 +292,12 @@ def _readable_by_tma(tensor: Tensor) -> Tensor:
     if aligned and _strides_suit_tma(tensor.stride(), tensor.element_size()):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=1024)
+def _suit_tma(looks: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]) -> bool:
+    """Whether TMA can read all the tensors that look like this: see `appearance`."""
+    return all(aligned and _strides_suit_tma(strides, dtype.itemsize) for strides, dtype, aligned in looks)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from regard.backends import flash, hopper
-from regard.backends.flash import Launch
+from regard.backends.launch import Launch
 from regard.bench.cases import Workload
 from regard.bench.rows import Row
 from regard.config import AttentionConfig, AttentionInputs
