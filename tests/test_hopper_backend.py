@@ -385,59 +385,6 @@ def test_features_that_are_on():
     assert said["RAGGED"] and forward_arguments(config(seqlen_k=509))["RAGGED"]
 
 
-class Recorded:
-    """Stands for a compiled kernel: keeps the arguments that it is launched with."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __getitem__(self, grid):
-        return lambda *values: self.calls.append(values)
-
-
-@pytest.mark.parametrize("first, second", [(0, 0), (0, 4), (4, 0), (4, 4)])
-def test_a_repeated_launch_describes_its_own_tensors(monkeypatch, first, second):
-    """Calls that look alike may differ in whether their tensors start where TMA can read."""
-    compiled, launched = Recorded(), []
-    monkeypatch.setattr(hopper.Launch, "run", lambda self, device: (launched.append(self), compiled)[1])
-    monkeypatch.setattr(hopper, "_counter", lambda device: torch.zeros(2, dtype=torch.int32))
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: MULTIPROCESSORS)
-    called = config(batch=2, seqlen_q=5, seqlen_k=5, heads_q=3, heads_kv=3, head_dim=16, sinks=True)
-    out, lse = torch.empty(2, 5, 3, 16, dtype=torch.bfloat16), torch.empty(2, 3, 5)
-    sinks = torch.arange(6.0)[::2]
-    repetitions = 0
-    for start in (first, second, first, second):
-        q, k, v = (stored(2, 5, 3, 32).add_(i)[..., start : start + 16] for i in range(3))
-        hopper._forward(called, AttentionInputs(q, k, v, sinks=sinks), out, lse)
-        names = launched[-1].kernel.arg_names
-        repeated = len(compiled.calls) > repetitions
-        repetitions = len(compiled.calls)
-        said = dict(zip(names, compiled.calls[-1], strict=True)) if repeated else launched[-1].arguments
-        for name, tensor in (("k_desc", k), ("v_desc", v)):
-            assert torch.equal(seen(said[name]), by_head(tensor))
-        assert torch.equal(seen(said["q_desc"]).squeeze(3), by_head(q))
-        assert said["sinks_ptr"].is_contiguous() and torch.equal(said["sinks_ptr"], sinks)
-    assert len(launched) == len({first, second}) and len(compiled.calls) == 4 - len(launched)
-
-
-def test_a_launch_is_repeated_for_the_same_strides_only(monkeypatch):
-    """A config made by hand says nothing of strides, and may serve tensors of any."""
-    compiled, launched = Recorded(), []
-    monkeypatch.setattr(hopper.Launch, "run", lambda self, device: (launched.append(self), compiled)[1])
-    monkeypatch.setattr(hopper, "_counter", lambda device: torch.zeros(2, dtype=torch.int32))
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: MULTIPROCESSORS)
-    called = config(batch=2, seqlen_q=5, seqlen_k=5, heads_q=3, heads_kv=3, head_dim=16)
-    out, lse = torch.empty(2, 5, 3, 16, dtype=torch.bfloat16), torch.empty(2, 3, 5)
-    compact = stored(2, 5, 3, 16)
-    permuted = stored(2, 3, 5, 16).transpose(1, 2)
-    for tensor in (compact, permuted, compact, permuted):
-        hopper._forward(called, AttentionInputs(tensor, tensor, tensor), out, lse)
-    assert len(launched) == 2 and len(compiled.calls) == 2
-    for values, tensor in zip(compiled.calls, (compact, permuted), strict=True):
-        said = dict(zip(launched[0].kernel.arg_names, values, strict=True))
-        assert torch.equal(seen(said["k_desc"]), by_head(tensor))
-
-
 @pytest.mark.parametrize("sequences, slots", [(1, 32), (32, 32), (33, 64), (100, 128)])
 def test_slots_for_packed_sequences(sequences, slots):
     said = forward_arguments(config(batch=sequences, **PACKED))
