@@ -36,6 +36,16 @@ def test_values_of_heads_may_have_any_stride(backend, name):
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "flash"])
+def test_lazily_negated_views(backend):
+    if reasons := regard.explain(Q, K, V).reasons(backend):
+        pytest.skip("; ".join(map(str, reasons)))
+    negated = torch.view_as_complex(normal(2, 9, 2, 16, 2, seed=3)).conj().imag
+    assert negated.is_neg()
+    expected = regard.attention(Q, negated.resolve_neg(), V, backend=backend)
+    assert torch.equal(regard.attention(Q, negated, V, backend=backend), expected)
+
+
 def test_float64_is_served_by_the_reference():
     out = regard.attention(Q.double(), K.double(), V.double())
     assert out.dtype == torch.float64
@@ -138,11 +148,23 @@ def test_merge_of_mismatched_lists_is_an_error(outs, lses):
         regard.merge(outs, lses)
 
 
-def test_merge_is_differentiable():
+@pytest.mark.parametrize("outs, lses", [([Q, K], [Q[..., 0].mT] * 2), ([Q], [Q[..., 0]]), ([Q.transpose(1, 2)], [Q])])
+def test_merge_names_a_shape_that_does_not_fit(outs, lses):
+    with pytest.raises(ConfigError, match=r"(outs|lses)\[\d\]: got shape"):
+        regard.merge(outs, lses)
+
+
+@pytest.mark.parametrize("hidden_row", [None, 2])
+def test_merge_is_differentiable(hidden_row):
     q, k, v = (t.double().requires_grad_() for t in (Q, K, V))
-    parts = [regard.attention(q, k[:, s], v[:, s], return_lse=True) for s in (slice(0, 4), slice(4, 9))]
+    mask = torch.ones(5, 9, dtype=torch.bool)
+    if hidden_row is not None:
+        mask[hidden_row] = False
+    parts = [
+        regard.attention(q, k[:, s], v[:, s], mask=mask[:, s], return_lse=True) for s in (slice(0, 4), slice(4, 9))
+    ]
     merged = regard.merge([out for out, _ in parts], [lse for _, lse in parts])[0]
-    whole = regard.attention(q, k, v)
+    whole = regard.attention(q, k, v, mask=mask)
     found, expected = (torch.autograd.grad(out.sin().sum(), [q, k, v]) for out in (merged, whole))
     torch.testing.assert_close(found, expected)
 
@@ -160,6 +182,10 @@ def test_explain_takes_a_config_or_the_tensors_of_any_call():
     named = regard.explain(Q, K, V, backend="reference")
     assert named.chosen.strict and named.chosen.backend == "reference"
     assert "> reference" in str(named)
+    with pytest.raises(ConfigError, match="q: got an AttentionConfig together with"):
+        regard.explain(config, causal=True)
+    with pytest.raises(ConfigError, match="backend: got 'no_such_backend'"):
+        regard.explain(config, backend="no_such_backend")
 
 
 def test_explain_tells_what_the_call_then_does():

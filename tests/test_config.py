@@ -47,6 +47,9 @@ BAD_ATTENTION = [
     ("q", {"q": [1, 2]}),
     ("q", {"q": torch.randn(SQ, HQ, D)}),
     ("q", {"q": torch.ones(B, SQ, HQ, D, dtype=torch.int64)}),
+    ("q", {"q": torch.randn(B, SQ, HQ, D).to_sparse()}),
+    ("k", {"k": torch.randn(B, SK, HK, D).to_mkldnn()}),
+    ("v", {"v": torch.nested.nested_tensor([torch.randn(SK, HK, D)] * B, layout=torch.jagged)}),
     ("k", {"k": torch.randn(B, SK, HK, D, dtype=torch.float64)}),
     ("k", {"k": torch.randn(B, SK, HK, D, device="meta")}),
     ("k", {"k": torch.randn(B + 1, SK, HK, D), "v": torch.randn(B + 1, SK, HK, D)}),
@@ -64,6 +67,7 @@ BAD_ATTENTION = [
     ("mask", {"mask": torch.ones(HK, SQ, SK, dtype=torch.bool)}),
     ("mask", {"mask": torch.ones(1, B, HQ, SQ, SK, dtype=torch.bool)}),
     ("mask", {"mask": torch.tensor(True)}),
+    ("mask", {"mask": torch.ones(SQ, SK, dtype=torch.bool).to_sparse()}),
     ("mask", {"mask": "causal"}),
     ("mask", {"mask": torch.ones(SQ, SK, dtype=torch.bool, device="meta")}),
     ("bias", {"bias": torch.ones(SQ, SK, dtype=torch.int32)}),
@@ -83,6 +87,7 @@ BAD_ATTENTION = [
     ("kv_lens[0]", {"kv_lens": torch.tensor([-1, 3], dtype=INT)}),
     ("softmax_scale", {"softmax_scale": float("nan")}),
     ("softmax_scale", {"softmax_scale": float("inf")}),
+    ("softmax_scale", {"softmax_scale": 10**400}),
     ("softmax_scale", {"softmax_scale": "auto"}),
     ("softmax_scale", {"softmax_scale": True}),
     ("softcap", {"softcap": -1.0}),
@@ -134,6 +139,7 @@ BAD_PAGED = [
     ("block_table[0]", {"block_table": torch.tensor([[0, 1, 6], [3, 4, 5]], dtype=INT)}),
     ("block_table[1]", {"block_table": torch.tensor([[0, 1, 2], [3, -1, 5]], dtype=INT)}),
     ("k", {"k_cache": torch.randn(6, 0, HK, D), "v_cache": torch.randn(6, 0, HK, D)}),
+    ("k", {"k_cache": torch.randn(0, 4, HK, D), "v_cache": torch.randn(0, 4, HK, D)}),
     ("v", {"v_cache": torch.randn(5, 4, HK, D)}),
 ]
 
@@ -186,10 +192,18 @@ def test_varlen_takes_no_padded_extras(name):
         ("head_dim", {"head_dim": "64"}),
         ("dtype", {"dtype": torch.int8}),
         ("dtype", {"dtype": "bfloat16"}),
+        ("device", {"device": torch.device("cuda")}),
+        ("device", {"device": "cuda:0"}),
+        ("arch", {"device": "cuda", "arch": 90}),
+        ("requires_grad", {"requires_grad": "no"}),
+        ("kv_lens", {"kv_lens": 9}),
+        ("total_k", {"varlen": True, "total_q": 4, "total_k": -9}),
         ("total_q, total_k", {"varlen": True}),
         ("page_size", {"page_size": 16}),
         ("page_size", {"page_size": 0, "kv_lens": True}),
+        ("page_size", {"page_size": "16", "kv_lens": True}),
         ("mask", {"mask_shape": (1, 1, 3, 9)}),
+        ("mask", {"mask_shape": [1, 1, 4, 9]}),
         ("bias", {"bias_shape": (9,)}),
     ],
 )
@@ -198,6 +212,15 @@ def test_malformed_description_is_named(argument, changes):
     with pytest.raises(ConfigError) as raised:
         AttentionConfig(**{**fields, **changes})
     assert raised.value.argument == argument
+
+
+def test_tensors_without_memory_give_tensors_without_memory():
+    shapes = {name: t.to("meta") for name, t in packed().items()}
+    out, lse = varlen_attention(**shapes, max_seqlen_q=5, max_seqlen_k=11, return_lse=True)
+    assert out.device.type == lse.device.type == "meta" and (out.shape, lse.shape) == ((9, HQ, D), (HQ, 9))
+    assert paged_attention(**{name: t.to("meta") for name, t in paged().items()}).shape == (B, 1, HQ, D)
+    q, k, v = (t.to("meta").requires_grad_() for t in qkv().values())
+    assert torch.autograd.grad(attention(q, k, v).sum(), k)[0].shape == k.shape
 
 
 def test_changed_offsets_are_read_again():

@@ -49,6 +49,14 @@ def test_nan_of_a_hidden_key_does_not_leak():
     torch.testing.assert_close(lse, expected_lse)
 
 
+def test_nan_of_a_sink_stays_in_its_head():
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    results = both(q, k, v, sinks=torch.tensor([float("nan"), 0.0]))
+    for out, lse in results:
+        assert out[:, :, 0].isnan().all() and lse[:, 0].isnan().all()
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 def test_causal_with_a_scale_that_is_not_positive(scale):
     q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))

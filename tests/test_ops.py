@@ -104,7 +104,7 @@ def test_compiles_whole_and_once_for_every_length(backend, layout):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("backend", ["opaque"])
+@pytest.mark.parametrize("backend", ["reference", "opaque"])
 def test_varlen_compiles_whole_and_once(backend):
     counter = CompileCounterWithBackend("aot_eager")
 

@@ -53,8 +53,9 @@ def arguments(**changes):
 
 
 def config_of(probe, **changes):
-    regard.attention(**arguments(**changes))
-    return probe.seen[-1]
+    with regard.record_selections() as record:
+        regard.attention(**arguments(**changes))
+    return record[-1][0]
 
 
 def test_calls_that_look_alike_share_the_config(probe):

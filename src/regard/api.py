@@ -175,16 +175,24 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         (out, lse) as one call over all the keys would give them; a row that saw no key anywhere stays 0 and -inf.
 
     Raises:
-        ConfigError: the lists are empty or their lengths differ.
+        ConfigError: the lists are empty, or their lengths or the shapes in them do not fit.
     """
-    if not outs or len(outs) != len(lses):
+    if len(outs) == 0 or len(outs) != len(lses):
         raise ConfigError("outs, lses", f"{len(outs)} and {len(lses)} tensors", "two lists of the same length > 0")
+    *batch, rows, heads, _ = outs[0].shape
+    for index, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.shape != outs[0].shape:
+            raise ConfigError(f"outs[{index}]", f"shape {tuple(out.shape)}", f"{tuple(outs[0].shape)} as outs[0]")
+        if lse.shape != (*batch, heads, rows):
+            raise ConfigError(f"lses[{index}]", f"shape {tuple(lse.shape)}", f"{(*batch, heads, rows)} for such an out")
     stacked = torch.stack(list(lses))
-    lse = torch.logsumexp(stacked, dim=0)
-    weights = torch.exp(stacked - torch.where(lse == float("-inf"), 0.0, lse))
-    parts = torch.stack([out.to(lse.dtype) for out in outs])
-    merged = (parts * weights.transpose(-1, -2)[..., None]).sum(0)
-    return merged.to(outs[0].dtype), lse
+    highest = stacked.detach().amax(0)
+    shares = torch.exp(stacked - torch.where(highest == float("-inf"), 0.0, highest))
+    total = shares.sum(0)
+    total = total.masked_fill(total == 0, 1.0)  # no key anywhere: highest is -inf, out 0, and gradients are no NaN
+    parts = torch.stack([out.to(stacked.dtype) for out in outs])
+    merged = (parts * (shares / total).transpose(-1, -2)[..., None]).sum(0)
+    return merged.to(outs[0].dtype), highest + total.log()
 
 
 def explain(q: AttentionConfig | Tensor, *tensors: Tensor, backend: str | None = None, **arguments: Any) -> Explanation:
@@ -198,8 +206,11 @@ def explain(q: AttentionConfig | Tensor, *tensors: Tensor, backend: str | None =
     Returns:
         an `Explanation`; ``print`` shows it as a table.
     """
-    config = q if isinstance(q, AttentionConfig) else AttentionConfig.from_tensors(q, *tensors, **arguments)
-    return registry.explain(config, backend)
+    if not isinstance(q, AttentionConfig):
+        q = AttentionConfig.from_tensors(q, *tensors, **arguments)
+    elif tensors or arguments:
+        raise ConfigError("q", "an AttentionConfig together with arguments of a call", "one of the two")
+    return registry.explain(q, backend)
 
 
 def _attend(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Tensor | tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import functools
 import math
+import sys
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -290,8 +291,9 @@ class AttentionConfig:
 
     @functools.cached_property
     def is_empty(self) -> bool:
-        """Nothing to compute: no query rows, or no keys (then every row is fully masked)."""
-        return self.batch == 0 or self.seqlen_q == 0 or self.seqlen_k == 0 or self.total_q == 0 or self.total_k == 0
+        """Nothing to compute: no query rows, no keys (then every row is fully masked), or no memory."""
+        sizes = (self.batch, self.seqlen_q, self.seqlen_k, self.total_q, self.total_k)
+        return any(size == 0 for size in sizes if size is not None) or self.device == "meta"
 
     def visible_pairs(self) -> int:
         """Query-key pairs the band leaves visible in one head of one full-length sequence. A mask is not counted."""
@@ -364,6 +366,9 @@ class AttentionConfig:
 
 
 CONFIG_FIELDS = tuple(field.name for field in fields(AttentionConfig))
+_FLAGS = tuple(field.name for field in fields(AttentionConfig) if field.default is False)
+_LEAST_SIZES = dict(batch=0, seqlen_q=0, seqlen_k=0, heads_q=1, heads_kv=1, head_dim=1, head_dim_v=1, total_q=0,
+                    total_k=0, page_size=1)  # fmt: skip
 
 
 @functools.cache
@@ -404,6 +409,9 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 def _require_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ConfigError(name, type(value).__name__, "a torch.Tensor")
+    if value.is_nested or value.layout is not torch.strided:
+        layout = "nested" if value.is_nested else str(value.layout)
+        raise ConfigError(name, f"a {layout} tensor", "a dense tensor (varlen_attention takes sequences back to back)")
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int) -> None:
@@ -421,9 +429,10 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int) -> Non
 
 
 def _check_sizes(config: AttentionConfig) -> None:
-    for name in ("batch", "seqlen_q", "seqlen_k", "heads_q", "heads_kv", "head_dim", "head_dim_v"):
+    for name, least in _LEAST_SIZES.items():
         value = getattr(config, name)
-        least = 0 if name in ("batch", "seqlen_q", "seqlen_k") else 1
+        if value is None and name in ("total_q", "total_k", "page_size"):
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < least:
             raise ConfigError(name, repr(value), f"an int of at least {least}")
     if config.heads_q % config.heads_kv != 0:
@@ -431,20 +440,26 @@ def _check_sizes(config: AttentionConfig) -> None:
             "heads_q", f"{config.heads_q} query heads, {config.heads_kv} key/value heads", "a multiple of heads_kv"
         )
     if config.dtype not in FLOAT_DTYPES:
-        raise ConfigError("dtype", config.dtype, "float16, bfloat16, float32 or float64")
+        raise ConfigError("dtype", repr(config.dtype), "float16, bfloat16, float32 or float64")
+    if not isinstance(config.device, str) or ":" in config.device:
+        raise ConfigError("device", repr(config.device), "the name of a device type: 'cpu', 'cuda', ...")
+    if not isinstance(config.arch, str):
+        raise ConfigError("arch", repr(config.arch), "a name such as 'cpu', 'sm90', 'gfx1100'")
     if config.varlen and (config.total_q is None or config.total_k is None):
         raise ConfigError("total_q, total_k", (config.total_q, config.total_k), "the packed lengths where varlen")
     for name in ("mask_shape", "bias_shape", "kv_lens", "page_size"):
         if config.varlen and getattr(config, name):
             argument = name.removesuffix("_shape")
             raise ConfigError(argument, f"a {argument} together with cu_seqlens", "padded (B, S, H, D) inputs for it")
-    if config.page_size is not None and (config.page_size < 1 or not config.kv_lens):
-        raise ConfigError("page_size", config.page_size, "at least 1, together with kv_lens")
+    if config.page_size is not None and not config.kv_lens:
+        raise ConfigError("page_size", f"{config.page_size} without kv_lens", "both: a paged cache has no other length")
 
 
 def _check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise ConfigError(name, repr(value), "a number")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ConfigError(name, f"an int of {value.bit_length()} bits", "a number that a float holds")
     return value  # type: ignore[return-value]
 
 
@@ -458,7 +473,7 @@ def _check_semantics(config: AttentionConfig) -> None:
     dropout_p = _check_number("dropout_p", config.dropout_p)
     if not 0 <= dropout_p < 1:
         raise ConfigError("dropout_p", dropout_p, "a probability in [0, 1)")
-    for name in ("causal", "return_lse", "deterministic"):
+    for name in _FLAGS:
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(name, repr(getattr(config, name)), "a bool")
     if config.window is not None:
@@ -472,9 +487,11 @@ def _check_semantics(config: AttentionConfig) -> None:
     full = (config.batch, config.heads_q, config.seqlen_q, config.seqlen_k)
     for name, shape in (("mask", config.mask_shape), ("bias", config.bias_shape)):
         if shape is not None and (
-            len(shape) != 4 or any(n not in (1, size) for n, size in zip(shape, full, strict=True))
+            not isinstance(shape, tuple)
+            or len(shape) != 4
+            or any(n not in (1, size) for n, size in zip(shape, full, strict=True))
         ):
-            raise ConfigError(name, f"shape {shape}", f"a shape that broadcasts to (B, Hq, Sq, Sk) = {full}")
+            raise ConfigError(name, f"shape {shape}", f"a tuple that broadcasts to (B, Hq, Sq, Sk) = {full}")
 
 
 def _check_extras(

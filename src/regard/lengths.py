@@ -120,8 +120,8 @@ def describe_paged(k_cache: Tensor, block_table: object, kv_lens: Tensor | None,
         raise ConfigError("block_table", f"device {block_table.device}", f"the device of q, {k_cache.device}")
     if block_table.stride(1) != 1 and block_table.shape[1] > 1:
         raise ConfigError("block_table", f"stride {block_table.stride()}", "rows of contiguous entries")
-    if page_size < 1:
-        raise ConfigError("k", f"shape {tuple(k_cache.shape)}", "pages of at least one key")
+    if page_size < 1 or (k_cache.shape[0] == 0 and block_table.numel() > 0):
+        raise ConfigError("k", f"shape {tuple(k_cache.shape)}", "at least one page of at least one key")
     if kv_lens is None:
         raise ConfigError("kv_lens", None, "an int32 tensor (B,): a paged cache has no other length")
     check_index_vector("kv_lens", kv_lens, batch, k_cache.device)
@@ -175,13 +175,14 @@ def _read(name: str, tensor: Tensor, find: _Find) -> _Found:
 
 
 def _readable(*tensors: Tensor) -> bool:
-    """Whether values can be looked at: not while tracing, and not while a CUDA graph is being captured.
+    """Whether there are values to look at: not while tracing, and not while a CUDA graph is being captured.
 
     A captured graph may run again on other values, so nothing may be derived from those of the moment.
     """
     if is_traced(tensors):
         return False
-    return tensors[0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    kind = tensors[0].device.type
+    return kind != "meta" and not (kind == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _extremes(_name: str, lengths: list[int]) -> _Found:

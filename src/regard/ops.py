@@ -42,7 +42,8 @@ def attend(
     """
     if traced or config.requires_grad:
         backend = registry.get(selection.backend)
-        if backend_is_composed_of_torch_ops(backend) and not config.is_empty:
+        opaque = config.is_empty or (traced and config.varlen and not config.transformed)  # offsets have no values yet
+        if backend_is_composed_of_torch_ops(backend) and not opaque:
             return backend.forward(config, inputs)
         if traced:
             out, lse = attention_fwd(*inputs, *_scalars(config), selection.backend, selection.strict)

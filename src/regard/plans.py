@@ -41,7 +41,7 @@ def describe(tensors: tuple[Any, ...], options: tuple[Any, ...], *, traced: bool
         try:
             key = _appearance(tensors, options)
             known = _recent.find(key)
-        except TypeError:  # a hash of something malformed: the validator says it better
+        except (TypeError, RuntimeError):  # a hash or strides of something malformed: the validator says it better
             key = None
     if known is not None and _values_fit(known, tensors, options):
         return known

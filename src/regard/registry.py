@@ -267,9 +267,15 @@ class Registry:
         return self._changes, self._scoped.get()
 
     def explain(self, config: AttentionConfig, backend: str | None = None) -> Explanation:
-        """List every backend with its reasons, and what `select` would choose. Raises nothing for lack of support."""
-        entries = tuple((name, self.reasons(name, config)) for name in self.list_backends())
+        """List every backend with its reasons, and what `select` would choose. Raises nothing for lack of support.
+
+        Raises:
+            ConfigError: the name is not registered.
+        """
         requested = self.requested(backend)
+        if requested is not None:
+            self.get(requested)
+        entries = tuple((name, self.reasons(name, config)) for name in self.list_backends())
         supported = [name for name, reasons in entries if not reasons and requested in (None, name)]
         if requested is not None:
             chosen = Selection(requested, True, f"{requested}: chosen by name") if supported else None

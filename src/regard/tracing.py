@@ -16,7 +16,8 @@ def is_traced(tensors: Iterable[object]) -> bool:
     """Whether some of these tensors may have no memory or values to look at, or operations on them are recorded.
 
     True while torch.compile traces, under a torch dispatch mode (fake tensors, FLOP counters), inside a torch.func
-    transform or a level of forward-mode differentiation, and for tensor subclasses.
+    transform or a level of forward-mode differentiation, for tensor subclasses, and for lazily negated views (such as
+    ``z.conj().imag``), whose memory holds the wrong sign until an operation of torch has resolved it.
     """
     if (
         torch.compiler.is_compiling()
@@ -26,7 +27,7 @@ def is_traced(tensors: Iterable[object]) -> bool:
     ):
         return True
     for tensor in tensors:  # noqa: SIM110 - this runs in every call, and any() takes twice as long
-        if tensor is not None and type(tensor) not in _PLAIN:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):  # type: ignore[attr-defined]
             return True
     return False
 

@@ -283,9 +283,10 @@ def _attend(piece: _Piece) -> tuple[Tensor, Tensor]:
         out, lse = _attend_fused(piece)
     if piece.sinks is not None:
         sinks = piece.sinks.to(lse.dtype)[:, None]
-        # The share of the softmax that the sink leaves to the keys; NaN where both are -inf, and out is 0.
-        out = (out * torch.sigmoid(lse - sinks).nan_to_num(0.0)[..., None]).to(q.dtype)
+        # The share of the softmax that the sink leaves to the keys; where both are -inf there is none to share.
+        share = torch.sigmoid(lse - sinks)
         lse = torch.logaddexp(lse, sinks)
+        out = (out * share.masked_fill(lse == -_INF, 0.0)[..., None]).to(q.dtype)
     return out.to(q.dtype), lse
 
 
