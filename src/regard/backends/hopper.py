@@ -18,6 +18,7 @@ from regard.registry import Gradients
 
 MAX_HEAD_DIM = 256
 MAX_BACKWARD_HEAD_DIM = 128
+ONE_PASS_HEAD_DIM = 128  # beyond, one pass keeps too few keys in registers
 _TMA_BYTES = 16  # granularity of the addresses and strides that TMA can follow
 _L2_SHARE = 32 * 2**20  # bytes of keys and values that tiles in flight may share: most of an H200's 50 MB
 
@@ -81,9 +82,13 @@ class HopperBackend:
         row_lse, delta = prepare_rows(config, inputs, out, grad_out, lse, grad_lse)
         found = new_gradients(config, inputs)
         dq, dk, dv = found.values()
-        sums = torch.zeros_like(dq, dtype=torch.float32)
-        backward_launch(config, inputs, grad_out, row_lse, delta, sums, dk, dv).run(grad_out.device)
-        torch.mul(sums, config.softmax_scale, out=dq)
+        if max(config.head_dim, config.head_dim_v) > ONE_PASS_HEAD_DIM:
+            for launch in two_pass_launches(config, inputs, grad_out, row_lse, delta, inputs._replace(**found)):
+                launch.run(grad_out.device)
+        else:
+            sums = torch.zeros_like(dq, dtype=torch.float32)
+            backward_launch(config, inputs, grad_out, row_lse, delta, sums, dk, dv).run(grad_out.device)
+            torch.mul(sums, config.softmax_scale, out=dq)
         if inputs.sinks is not None:
             found["sinks"] = sink_gradient(inputs, row_lse, delta).to(inputs.sinks.dtype)
         return {**found}
@@ -206,30 +211,19 @@ def backward_launch(
         sums: contiguous fp32 zeros of q's shape.
         dk, dv: contiguous, of k's and v's shapes.
     """
+    from regard.kernels.hopper_backward import BLOCK_N, KEYS, attention_backward
+
     block_d, block_dv = (max(64, tuning.padded_head_dim(d)) for d in (config.head_dim, config.head_dim_v))
-    wide = max(block_d, block_dv) > 128
-    if wide:
-        from regard.kernels.hopper_backward_wide import BLOCK, attention_backward_wide as attention_backward
-
-        block_m = block_n = BLOCK.value
-        dq_columns = WIDE["dq_columns"]
-        stages = dict(QUERY_STAGES=WIDE["query_stages"], GRAD_STAGES=WIDE["grad_stages"], DQ_TILES=WIDE["dq_tiles"])
-    else:
-        from regard.kernels.hopper_backward import BLOCK_N, attention_backward
-
-        block_m = hopper_tuning.backward_block_m(config.head_dim, config.head_dim_v)
-        block_n = BLOCK_N.value
-        dq_columns = block_d if block_m == 128 else block_d // 2
-        stages = dict(STAGES=2, BLOCK_M=block_m)
+    block_m = hopper_tuning.backward_block_m(config.head_dim, config.head_dim_v)
     arguments = dict(
         **_shared_arguments(config, inputs),
         q_desc=_descriptor(_readable_by_tma(inputs.q), block_m, block_d),
-        k_desc=_descriptor(_readable_by_tma(inputs.k), block_n, block_d),
-        v_desc=_descriptor(_readable_by_tma(inputs.v), block_n, block_dv),
+        k_desc=_descriptor(_readable_by_tma(inputs.k), BLOCK_N.value, block_d),
+        v_desc=_descriptor(_readable_by_tma(inputs.v), BLOCK_N.value, block_dv),
         grad_out_desc=_descriptor(grad_out, block_m, block_dv),
-        dq_desc=_descriptor(sums, hopper_tuning.ROWS, dq_columns),
-        dk_desc=_descriptor(dk, hopper_tuning.ROWS, block_d),
-        dv_desc=_descriptor(dv, hopper_tuning.ROWS, block_dv),
+        dq_desc=_descriptor(sums, hopper_tuning.ROWS, block_d if block_m == 128 else block_d // 2),
+        dk_desc=_descriptor(dk, KEYS.value, block_d),
+        dv_desc=_descriptor(dv, KEYS.value, block_dv),
         dk_ptr=dk,
         dv_ptr=dv,
         row_lse_ptr=row_lse,
@@ -237,15 +231,58 @@ def backward_launch(
         heads=config.heads_q,
         heads_kv=config.heads_kv,
         HEAD_DIM=config.head_dim,
-        RAGGED=_cut(config, block_n),
-        **stages,
+        BLOCK_M=block_m,
+        STAGES=2,
+        RAGGED=_cut(config, BLOCK_N.value),
     )
-    programs = -(-config.seqlen_k // block_n) * config.batch * config.heads_kv
-    options = dict(num_warps=4, maxnreg=128 if wide else 168)
-    return Launch(attention_backward, programs, _wanted(attention_backward, arguments), options)
+    programs = -(-config.seqlen_k // BLOCK_N.value) * config.batch * config.heads_kv
+    return Launch(attention_backward, programs, _wanted(attention_backward, arguments), dict(num_warps=4, maxnreg=168))
 
 
-WIDE = dict(query_stages=2, grad_stages=1, dq_columns=64, dq_tiles=2)
+def two_pass_launches(
+    config: AttentionConfig,
+    inputs: AttentionInputs,
+    grad_out: Tensor,
+    row_lse: Tensor,
+    delta: Tensor,
+    gradients: AttentionInputs,
+) -> list[Launch]:
+    """The launches that fill q, k and v of ``gradients`` (contiguous): dK and dV, then dQ.
+
+    The other arguments are those of `backward_launch`.
+    """
+    from regard.kernels.hopper_two_pass import backward_keys, backward_queries
+
+    rows = hopper_tuning.ROWS
+    block_d, block_dv = (max(64, tuning.padded_head_dim(d)) for d in (config.head_dim, config.head_dim_v))
+    arguments = dict(
+        **_shared_arguments(config, inputs),
+        q_desc=_descriptor(_readable_by_tma(inputs.q), rows, block_d),
+        k_desc=_descriptor(_readable_by_tma(inputs.k), rows, block_d),
+        v_desc=_descriptor(_readable_by_tma(inputs.v), rows, block_dv),
+        grad_out_desc=_descriptor(grad_out, rows, block_dv),
+        dq_desc=_descriptor(gradients.q, rows, block_d),
+        dk_desc=_descriptor(gradients.k, rows, block_d),
+        dv_desc=_descriptor(gradients.v, rows, block_dv),
+        dq_ptr=gradients.q,
+        dk_ptr=gradients.k,
+        dv_ptr=gradients.v,
+        row_lse_ptr=row_lse,
+        delta_ptr=delta,
+        heads=config.heads_q,
+        heads_kv=config.heads_kv,
+        HEAD_DIM=config.head_dim,
+        KEY_STAGES=2,
+        VALUE_STAGES=1,
+        RAGGED=_cut(config, rows),
+    )
+    options = dict(num_warps=4, maxnreg=168)
+    key_tiles = -(-config.seqlen_k // rows) * config.batch * config.heads_kv
+    query_tiles = -(-config.seqlen_q // (2 * rows)) * config.batch * config.heads_q
+    return [
+        Launch(kernel, programs, _wanted(kernel, arguments), options)
+        for kernel, programs in ((backward_keys, key_tiles), (backward_queries, query_tiles))
+    ]
 
 
 def _shared_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
