@@ -238,10 +238,11 @@ def test_vmap_of_packed_sequences_and_gradients_of_vmap():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_a_jacobian_may_batch_the_gradients():
+@pytest.mark.parametrize("backend", ["fused", "cpu"])
+def test_a_jacobian_may_batch_the_gradients(backend):
     q, k, v = qkv(head_dim=2)
     batched, looped = (
-        torch.autograd.functional.jacobian(lambda q: regard.attention(q, k, v, backend="fused"), q, vectorize=vectorize)
+        torch.autograd.functional.jacobian(lambda q: regard.attention(q, k, v, backend=backend), q, vectorize=vectorize)
         for vectorize in (True, False)
     )
     torch.testing.assert_close(batched, looped)

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import importlib.metadata
+import pickle
 import threading
 import warnings
 
@@ -157,6 +158,35 @@ def test_other_threads_do_not_see_a_scope(registry):
         thread.join()
         seen.append(registry.select(CONFIG).backend)
     assert seen == ["auto_choice", "scoped"]
+
+
+def test_no_backend_goes_while_another_thread_chooses(registry):
+    asked, gone = threading.Event(), threading.Event()
+
+    class Asked(Fake):
+        def unsupported_reasons(self, config):
+            asked.set()
+            gone.wait(0.05)
+            return self.reasons
+
+    registry.register(Asked("asked", reasons=(TOO_WIDE,)), priority=20)
+    registry.register(Fake("goes", reasons=(Reason("device", "cpu", "cuda"),)))
+    registry.register(Fake("stays"), priority=0)
+    thread = threading.Thread(target=lambda: (asked.wait(), registry.unregister("goes"), gone.set()))
+    thread.start()
+    with pytest.warns(FallbackWarning, match="'asked'"):
+        assert registry.select(CONFIG).backend == "stays"
+    thread.join()
+    assert registry.list_backends() == ["asked", "stays"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConfigError("q", (1, 2), "more"), UnsupportedError("no", {"a": (TOO_WIDE,)})],
+)
+def test_errors_cross_processes(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error) and str(copy) == str(error) and vars(copy) == vars(error)
 
 
 def test_tasks_keep_their_own_scope_and_recorder(registry):

@@ -40,14 +40,21 @@ class ConfigError(ValueError):
         self.required = required
         super().__init__(f"{argument}: got {observed}, needs {required}")
 
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.argument, self.observed, self.required)  # to cross from a worker process
+
 
 class UnsupportedError(NotImplementedError):
     """No permitted backend can serve a well-formed call. ``reasons`` maps each backend's name to its `Reason`s."""
 
     def __init__(self, summary: str, reasons: Mapping[str, Sequence[Reason]]) -> None:
+        self.summary = summary
         self.reasons = {name: tuple(listed) for name, listed in reasons.items()}
         lines = [f"  {name}: {'; '.join(map(str, listed))}" for name, listed in self.reasons.items()]
         super().__init__("\n".join([summary, *lines]))
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.summary, self.reasons)
 
 
 class FallbackWarning(UserWarning):

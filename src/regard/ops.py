@@ -20,7 +20,7 @@ from regard.backends.reference import ReferenceBackend
 from regard.config import DIFFERENTIABLE_INPUTS, AttentionConfig, AttentionInputs
 from regard.errors import ConfigError, FallbackWarning, UnsupportedError
 from regard.registry import Gradients, Selection, backend_is_composed_of_torch_ops, registry
-from regard.tracing import is_traced
+from regard.tracing import are_batched_gradients, is_traced
 
 # Errors that a different backend would meet as well, or that are the caller's to handle: never a reason to fall back.
 _NOT_THE_KERNELS_FAULT = (ConfigError, UnsupportedError, torch.OutOfMemoryError)
@@ -424,7 +424,7 @@ class _Attention(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         config, backend, strict = ctx.call
-        if is_traced((grad_out, grad_lse)):  # batched gradients, compiled autograd
+        if is_traced((grad_out, grad_lse)) or are_batched_gradients((grad_out, grad_lse)):
             scalars = *_scalars(config), backend, strict
             found = attention_bwd(grad_out, grad_lse, out, lse, *tensors, *scalars)
         else:

@@ -29,6 +29,9 @@ INAPPLICABLE = frozenset({"device", "arch", "not_installed", "dtype_float64"})
 Gradients = dict[str, Tensor | None]
 """Gradients by input name: q, k, v always; bias and sinks where given."""
 
+Shortcut = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From q, k and v in the caller's layout to out in it."""
+
 
 @runtime_checkable
 class AttentionBackend(Protocol):
@@ -179,14 +182,16 @@ class Registry:
     def list_backends(self) -> list[str]:
         """Names in the order automatic selection tries them."""
         self._load_entry_points()
-        return sorted(self._backends, key=lambda name: -self._priority[name])
+        with self._lock:
+            return sorted(self._backends, key=lambda name: -self._priority[name])
 
     def set_default(self, name: str | None) -> None:
         """Use this backend for every call of the process that names none. None or ``"auto"``: automatic again."""
         if name is not None and name != "auto":
             self.get(name)
-        self._default = None if name == "auto" else name
-        self._changes += 1
+        with self._lock:
+            self._default = None if name == "auto" else name
+            self._changes += 1
 
     @contextlib.contextmanager
     def use_backend(self, name: str) -> Iterator[None]:
@@ -275,7 +280,8 @@ class Registry:
         requested = self.requested(backend)
         if requested is not None:
             self.get(requested)
-        entries = tuple((name, self.reasons(name, config)) for name in self.list_backends())
+        with self._lock:  # nobody unregisters a backend that is being asked
+            entries = tuple((name, self.reasons(name, config)) for name in self.list_backends())
         supported = [name for name, reasons in entries if not reasons and requested in (None, name)]
         if requested is not None:
             chosen = Selection(requested, True, f"{requested}: chosen by name") if supported else None
@@ -300,11 +306,12 @@ class Registry:
 
     def _select_automatically(self, config: AttentionConfig) -> Selection:
         entries = []
-        for name in self.list_backends():
-            reasons = self.reasons(name, config)
-            entries.append((name, reasons))
-            if not reasons:
-                break
+        with self._lock:  # nobody unregisters a backend that is being asked
+            for name in self.list_backends():
+                reasons = self.reasons(name, config)
+                entries.append((name, reasons))
+                if not reasons:
+                    break
         selection = _first_supported(entries)
         if selection is None:
             raise UnsupportedError(f"no backend can serve {config.describe()}", dict(entries))
@@ -382,3 +389,20 @@ def can_use_flash_attention(config: AttentionConfig) -> bool:
 def backend_is_composed_of_torch_ops(backend: AttentionBackend) -> bool:
     """Whether autograd and torch.compile can see through the backend's forward, so that it needs no custom op."""
     return bool(getattr(backend, "composed_of_torch_ops", False))
+
+
+def shortcut(backend: AttentionBackend, config: AttentionConfig, layout: str) -> Shortcut | None:
+    """What a backend offers in its optional method ``shortcut(config, layout)`` for calls of q, k and v alone: the call
+    itself, for backends where making the canonical inputs would take as long.
+
+    None where it offers nothing, or where the call needs more than its output: lse, or autograd to go round a backend
+    that it cannot see through.
+    """
+    offered: Callable[[AttentionConfig, str], Shortcut | None] | None = getattr(backend, "shortcut", None)
+    opaque = config.requires_grad and not backend_is_composed_of_torch_ops(backend)
+    if offered is None or opaque or config.is_empty or not _PLAIN.issuperset(config.features()):
+        return None
+    return offered(config, layout)
+
+
+_PLAIN = {"causal", "grad", "deterministic"}  # features of a call of q, k and v alone

@@ -32,6 +32,12 @@ def is_traced(tensors: Iterable[object]) -> bool:
     return False
 
 
+def are_batched_gradients(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether autograd asks with ``is_grads_batched``, whose batched tensors are not on torch.func's stack."""
+    is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+    return any(gradient is not None and is_batched(gradient) for gradient in gradients)
+
+
 def is_transformed(tensors: Iterable[object]) -> bool:
     """Whether torch.func.grad, jvp or forward-mode differentiation want derivatives that autograd does not ask for.
 
