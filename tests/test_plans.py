@@ -133,18 +133,6 @@ def test_modes_make_another_config(probe, context):
     assert config_of(probe, q=q) is before
 
 
-def test_matmul_precision_makes_another_config_in_float32_only(probe):
-    half = {name: arguments()[name].half() for name in "qkv"}
-    before = config_of(probe), config_of(probe, **half)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert config_of(probe) is not before[0] and config_of(probe, **half) is before[1]
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    assert config_of(probe) is before[0]
-
-
 def chosen(**options):
     q = torch.randn(1, 4, 2, 8)
     with regard.record_selections() as recorded:

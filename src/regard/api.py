@@ -237,8 +237,13 @@ def _run(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None
                 return _run(_autocast(tensors, torch.get_autocast_dtype(kind)), options, backend)
     traced = is_traced(tensors)
     config = plans.describe(tensors, options, traced=traced)
-    selection = plans.select(config, backend)
+    selection, shortcut = plans.select(config, backend, options[0])
     q, k, v, mask, bias, *rest = tensors
+    if shortcut is not None and not traced:
+        try:
+            return shortcut(q, k, v)
+        except Exception:  # noqa: S110 - the long way says what is wrong, or finds another backend
+            pass
     transposed = options[0] == "bhsd"
     if transposed:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

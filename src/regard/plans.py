@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regard import lengths
 from regard.config import AttentionConfig, AttentionInputs
-from regard.registry import Selection, registry
+from regard.registry import Selection, Shortcut, registry, shortcut
 
 TENSORS = AttentionInputs._fields[:-1]
 """The tensor arguments of a call in the order of `describe`: all of `AttentionInputs` but the dropout seed."""
@@ -52,19 +52,21 @@ def describe(tensors: tuple[Any, ...], options: tuple[Any, ...], *, traced: bool
     return config
 
 
-def select(config: AttentionConfig, backend: str | None) -> Selection:
-    """`Registry.select`, remembered with the config for as long as the registry does not change."""
+def select(config: AttentionConfig, backend: str | None, layout: str) -> tuple[Selection, Shortcut | None]:
+    """`Registry.select`, remembered with the config for as long as the registry does not change, and the shortcut of
+    the selected backend for calls in this layout.
+    """
     if backend is not None and not isinstance(backend, str):
-        return registry.select(config, backend)
+        return registry.select(config, backend), None
     changes, scoped = registry.state
-    key = (backend, scoped)
-    known: tuple[int, Selection] | None = config.prepared.get(key)
-    if known is not None and known[0] == changes:
+    key = (backend, scoped, layout)
+    known: tuple[int, Selection, Shortcut | None] | None = config.prepared.get(key)
+    if known is None or known[0] != changes:
+        selection = registry.select(config, backend)
+        known = config.prepared[key] = changes, selection, shortcut(registry.get(selection.backend), config, layout)
+    else:
         registry.record(config, known[1])
-        return known[1]
-    selection = registry.select(config, backend)
-    config.prepared[key] = (changes, selection)
-    return selection
+    return known[1:]
 
 
 def _appearance(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -72,14 +74,13 @@ def _appearance(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any
 
     The types of options count: 1 and True are equal, but only one of them is a legal ``causal``.
     """
-    window, q = options[2], tensors[0]
+    window = options[2]
     return (
-        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors],
+        *[t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors],
         options,
         *map(type, options),
         None if window is None else tuple(map(type, window)),
         torch.is_grad_enabled(),
-        torch.get_float32_matmul_precision() if q is not None and q.dtype == torch.float32 else None,
     )
 
 
@@ -89,6 +90,8 @@ def _values_fit(config: AttentionConfig, tensors: tuple[Any, ...], options: tupl
     Raises:
         ConfigError: some values are not legal.
     """
+    if not config.varlen and not config.kv_lens:
+        return True
     k, (*_, cu_seqlens_q, cu_seqlens_k, kv_lens, block_table) = tensors[1], tensors
     if cu_seqlens_q is not None:
         stated_q, stated_k = options[8:10]

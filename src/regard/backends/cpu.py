@@ -18,7 +18,7 @@ from torch import Tensor
 from regard.backends.reference import dropout_keep, gather_pages
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
-from regard.registry import Gradients
+from regard.registry import Gradients, Shortcut
 
 _INF = float("inf")
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu
@@ -44,11 +44,11 @@ class CpuBackend:
         return config.kv_layout
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        if _is_one_kernel_call(config, inputs):  # first, since decode notices every microsecond
-            q, k, v, *_ = inputs
-            causal = config.causal and config.seqlen_q > 1
-            out, lse = _kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal,
-                               scale=config.softmax_scale)  # fmt: skip
+        if _one_kernel_call not in config.prepared:
+            config.prepared[_one_kernel_call] = _one_kernel_call(config)
+        call = config.prepared[_one_kernel_call]
+        if call is not None:
+            out, lse = call(*(t.transpose(1, 2) for t in inputs[:3]))
             return out.transpose(1, 2).contiguous(), lse
         inputs = gather_pages(inputs)
         spans = _spans(config, inputs)
@@ -63,6 +63,16 @@ class CpuBackend:
             span.queries(out).copy_(piece_out)
             span.rows_of_lse(lse).copy_(piece_lse)
         return out, lse
+
+    def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
+        call = _one_kernel_call(config)
+        if call is None:
+            return None
+        if layout == "bhsd":
+            return lambda q, k, v: call(q, k, v)[0]
+        return lambda q, k, v: (
+            call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))[0].transpose(1, 2).contiguous()
+        )
 
     @torch.no_grad()
     def backward(
@@ -93,18 +103,25 @@ class CpuBackend:
         return {name: gradient.to(getattr(inputs, name).dtype) for name, gradient in found.items()}
 
 
-def _is_one_kernel_call(config: AttentionConfig, inputs: AttentionInputs) -> bool:
-    """Whether q, k and v can go to the fused kernel as they are, without anything that `_attend` decides."""
-    known: bool | None = config.prepared.get(_is_one_kernel_call)
-    if known is None:
-        known = config.prepared[_is_one_kernel_call] = (
-            {"causal", "lse", "grad", "deterministic"}.issuperset(config.features())
-            and (config.dtype.itemsize >= 4 or (config.dtype == torch.bfloat16 and not _needs_exact_lse(config)))
-            and config.head_dim == config.head_dim_v
-            and (not config.causal or (config.seqlen_q in (1, config.seqlen_k) and config.softmax_scale > 0))
-            and not config.is_empty
-        )
-    return known and inputs.q.stride(3) == inputs.k.stride(3) == inputs.v.stride(3) == 1
+def _one_kernel_call(config: AttentionConfig) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """The fused kernel on q, k and v (B, H, S, D) as they are, where nothing is left of what `_attend` decides.
+
+    Small calls notice every microsecond beside the kernel.
+    """
+    rows, scale = config.seqlen_q, config.softmax_scale
+    causal = config.causal and rows > 1
+    if (
+        not {"causal", "lse", "grad", "deterministic"}.issuperset(config.features())
+        or config.dtype == torch.float16
+        or (config.dtype == torch.bfloat16 and _needs_exact_lse(config))
+        or config.head_dim != config.head_dim_v
+        or (causal and (rows != config.seqlen_k or scale <= 0))
+        or any(strides is None or strides[3] != 1 for strides in (config.q_strides, config.k_strides, config.v_strides))
+        or config.is_empty
+    ):
+        return None
+    kernel = _fused_row if rows == 1 else _kernel
+    return lambda q, k, v: kernel(q, k, v, 0.0, causal, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -347,12 +364,8 @@ def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = Fal
     widest = max(head_dim, head_dim_v)  # the kernel has one head dim: zeros change neither scores nor values
     q, k, v = _fit_kernel(q, widest), _fit_kernel(k, widest), _fit_kernel(v, widest)
     additive = None if causal else _additive_mask(piece, rows, keys)
-    alone = len(rows) == 1 and q.dtype == torch.bfloat16
-    if alone:  # its product of a single bfloat16 row is several times slower than that of a few
-        q = q.expand(-1, -1, 4, -1)
-    out, lse = _kernel(q, k, v, 0.0, causal, attn_mask=additive, scale=piece.config.softmax_scale)
-    if alone:
-        out, lse = out[:, :, :1], lse[:, :, :1]
+    kernel = _fused_row if len(rows) == 1 else _kernel
+    out, lse = kernel(q, k, v, 0.0, causal, attn_mask=additive, scale=piece.config.softmax_scale)
     if additive is not None:
         least = lse.abs().amin().item()
         if math.isnan(least):
@@ -361,6 +374,26 @@ def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = Fal
             hidden = (additive.amax(-1) == -_INF).expand(lse.shape)
             lse = lse.masked_fill(hidden, -_INF)
     return (out if widest == head_dim_v else out[..., :head_dim_v]), lse
+
+
+def _fused_row(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, causal: bool, *, attn_mask: Tensor | None = None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The fused kernel on one query a sequence, with the query heads of a key/value head as rows of one product."""
+    batch, heads, _, head_dim = q.shape
+    heads_kv = k.shape[1]
+    if heads == heads_kv:
+        if q.dtype != torch.bfloat16:
+            return _kernel(q, k, v, dropout_p, causal, attn_mask=attn_mask, scale=scale)
+        # its product of a single bfloat16 row is several times slower than that of two
+        out, lse = _kernel(q.expand(-1, -1, 2, -1), k, v, dropout_p, causal, attn_mask=attn_mask, scale=scale)
+        return out[:, :, :1], lse[:, :, :1]
+    group = heads // heads_kv
+    if attn_mask is not None and attn_mask.shape[1] != 1:
+        attn_mask = attn_mask.reshape(attn_mask.shape[0], heads_kv, group, -1)
+    out, lse = _kernel(q.reshape(batch, heads_kv, group, head_dim), k, v, dropout_p, causal, attn_mask=attn_mask,
+                       scale=scale)  # fmt: skip
+    return out.reshape(batch, heads, 1, head_dim), lse.reshape(batch, heads, 1)
 
 
 def _fit_kernel(tensor: Tensor, head_dim: int) -> Tensor:
