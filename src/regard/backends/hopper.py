@@ -171,7 +171,6 @@ def forward_launch(
         heads=heads,
         group=heads // config.heads_kv,
         section=max(1, _L2_SHARE // max(key_bytes, 1)) * (heads // config.heads_kv),
-        softcap=float(config.softcap) if config.softcap > 0 else None,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         KEY_STAGES=tile.key_stages,
@@ -228,6 +227,7 @@ def backward_launch(
         dv_ptr=dv,
         row_lse_ptr=row_lse,
         delta_ptr=delta,
+        **_turns(config, sums, block_m),
         heads=config.heads_q,
         heads_kv=config.heads_kv,
         HEAD_DIM=config.head_dim,
@@ -237,6 +237,20 @@ def backward_launch(
     )
     programs = -(-config.seqlen_k // BLOCK_N.value) * config.batch * config.heads_kv
     return Launch(attention_backward, programs, _wanted(attention_backward, arguments), dict(num_warps=4, maxnreg=168))
+
+
+def _turns(config: AttentionConfig, sums: Tensor, block_m: int) -> dict[str, Any]:
+    """What the backward is told where dQ must be summed in a fixed order: see `regard.kernels.hopper_turns`."""
+    if not config.deterministic:
+        return dict(turns_ptr=None, section=None)
+    group = config.heads_q // config.heads_kv
+    row_bytes = (config.head_dim + config.head_dim_v) * config.dtype.itemsize + config.head_dim * sums.element_size()
+    section = _L2_SHARE // max(config.seqlen_q * group * row_bytes, 1)
+    blocks = -(-config.seqlen_q // block_m)
+    return dict(
+        turns_ptr=torch.zeros(1 + config.batch * config.heads_q * blocks, dtype=torch.int32, device=sums.device),
+        section=min(max(section, 1), config.batch * config.heads_kv),
+    )
 
 
 def two_pass_launches(
@@ -296,6 +310,7 @@ def _shared_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[
         total_q=config.total_q or 0,
         total_k=config.total_k or 0,
         scale=float(config.softmax_scale),
+        softcap=float(config.softcap) if config.softcap > 0 else None,
         window_left=left,
         right_reach=None if right is None else right + 1,  # the 1 of a causal call is compiled in
         HEAD_DIM_V=config.head_dim_v,
