@@ -322,6 +322,7 @@ CU = offsets(3, 4)
     "name, arguments, match",
     [
         ("flash_attn_func", dict(q=Q, k=K, v=V, window_size=(1, 2, 3)), "window_size"),
+        ("flash_attn_func", dict(q=Q, k=K, v=V, window_size=3), "window_size"),
         ("flash_attn_func", dict(q=Q, k=K, v=V, dropout_p=1.5), "dropout_p"),
         ("flash_attn_func", dict(q=Q, k=K[:1], v=V), "k: got"),
         ("flash_attn_func", dict(q=Q, k=K, v=V, alibi_slopes=SLOPES[:, :3]), "alibi_slopes"),
@@ -375,6 +376,12 @@ def test_concatenated_sequences_are_told_apart():
     tokens, indices, cu_seqlens, longest = bert_padding.unpad_input_for_concatenated_sequences(x, lengths)
     assert torch.equal(tokens, torch.cat([x[0, :5], x[1, :5], x[2]])) and len(indices) == 16
     assert (cu_seqlens.tolist(), cu_seqlens.dtype, longest) == ([0, 2, 5, 8, 10, 16], INT, 6)
+
+
+def test_a_mask_of_another_shape_is_named():
+    for unpad in (bert_padding.unpad_input, bert_padding.unpad_input_for_concatenated_sequences):
+        with pytest.raises(ConfigError, match=r"attention_mask.*: got shape \(2, 4\), needs shape \(2, 5\)"):
+            unpad(normal(2, 5, 3), torch.ones(2, 4, dtype=torch.int32))
 
 
 def test_empty_batches_are_packed_too():

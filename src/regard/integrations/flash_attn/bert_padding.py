@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.errors import ConfigError
+
 __all__ = [
     "index_first_axis",
     "index_put_first_axis",
@@ -39,6 +41,7 @@ def unpad_input(
         the packed tokens (total, ...); their indices (total,) into the B * S flattened ones; ``cu_seqlens`` int32
         (B + 1,); the longest sequence; ``seqused`` int32 (B,), the tokens of each sequence that count.
     """
+    _check_mask("attention_mask", attention_mask, hidden_states)
     kept = attention_mask if unused_mask is None else attention_mask + unused_mask
     indices = kept.flatten().nonzero().flatten()
     cu_seqlens, longest = _offsets(kept.sum(dim=-1, dtype=torch.int32))
@@ -60,6 +63,7 @@ def unpad_input_for_concatenated_sequences(
         the packed tokens (total, ...); their indices (total,) into the B * S flattened ones; ``cu_seqlens`` int32
         (sequences + 1,); the longest sequence.
     """
+    _check_mask("attention_mask_in_length", attention_mask_in_length, hidden_states)
     lengths = attention_mask_in_length[attention_mask_in_length != 0]
     filled = attention_mask_in_length.sum(dim=-1, keepdim=True)
     column = torch.arange(attention_mask_in_length.shape[-1], device=filled.device)
@@ -71,6 +75,12 @@ def unpad_input_for_concatenated_sequences(
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """Put packed tokens (total, ...) back to their ``indices``, as (batch, seqlen, ...) with zeros elsewhere."""
     return index_put_first_axis(hidden_states, indices, batch * seqlen).view(batch, seqlen, *hidden_states.shape[1:])
+
+
+def _check_mask(name: str, mask: Tensor, hidden_states: Tensor) -> None:
+    batch, seqlen = hidden_states.shape[:2]
+    if mask.shape != (batch, seqlen):
+        raise ConfigError(name, f"shape {tuple(mask.shape)}", f"shape {(batch, seqlen)} as hidden_states")
 
 
 def _offsets(lengths: Tensor) -> tuple[Tensor, int]:

@@ -154,7 +154,7 @@ def keys_of_pages(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seql
 
 def window_of(window_size: Sequence[int] | Tensor) -> tuple[int | None, int | None] | None:
     """flash-attn's (left, right), where a negative bound is unlimited, as `regard.attention` takes it."""
-    if len(window_size) != 2:
+    if not isinstance(window_size, (Sequence, Tensor)) or len(window_size) != 2:
         raise ConfigError("window_size", window_size, "a pair (left, right)")
     left, right = (None if bound < 0 else int(bound) for bound in window_size)
     return None if left is None and right is None else (left, right)
