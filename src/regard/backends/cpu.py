@@ -68,11 +68,13 @@ class CpuBackend:
         call = _one_kernel_call(config)
         if call is None:
             return None
-        if layout == "bhsd":
-            return lambda q, k, v: call(q, k, v)[0]
-        return lambda q, k, v: (
-            call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))[0].transpose(1, 2).contiguous()
-        )
+        if layout == "bshd":
+            return lambda q, k, v: (
+                call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))[0].transpose(1, 2).contiguous()
+            )
+        if config.seqlen_q == 1:  # lies in memory alike in both layouts
+            return lambda q, k, v: call(q, k, v)[0].contiguous()
+        return lambda q, k, v: call(q, k, v)[0].transpose(1, 2).contiguous().transpose(1, 2)
 
     @torch.no_grad()
     def backward(
@@ -387,7 +389,7 @@ def _fused_row(
             return _kernel(q, k, v, dropout_p, causal, attn_mask=attn_mask, scale=scale)
         # its product of a single bfloat16 row is several times slower than that of two
         out, lse = _kernel(q.expand(-1, -1, 2, -1), k, v, dropout_p, causal, attn_mask=attn_mask, scale=scale)
-        return out[:, :, :1], lse[:, :, :1]
+        return out[:, :, :1].contiguous(), lse[:, :, :1]
     group = heads // heads_kv
     if attn_mask is not None and attn_mask.shape[1] != 1:
         attn_mask = attn_mask.reshape(attn_mask.shape[0], heads_kv, group, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from regard.backends.reference import gradients_by_autograd
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
-from regard.registry import Gradients
+from regard.registry import Gradients, Shortcut
 from regard.tracing import is_traced
 
 _WORD = 16  # bytes that torch's CUDA kernels load at once, trusting that addresses and strides are multiples of it
@@ -30,30 +31,22 @@ class SdpaBackend:
         return config.kv_layout
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        q, k, v = inputs[:3]
+        q, k, v = (tensor.transpose(1, 2) for tensor in inputs[:3])
         added, hidden_rows = _without_hidden_rows(inputs)
-        must_align = config.device == "cuda" and not is_traced(inputs)
-        if must_align:
-            q, k, v = _aligned(q), _aligned(k), _aligned(v)
-            if added is not None:
-                added = _aligned(added.expand(*added.shape[:3], config.seqlen_k))[..., : config.seqlen_k]
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=added,
-            is_causal=_is_causal(config),
-            scale=config.softmax_scale,
-            enable_gqa=bool(config.heads_q != config.heads_kv),
-        )
+        out = _attend(config, q, k, v, added, trusting=config.device == "cuda" and not is_traced(inputs))
         if hidden_rows is not None:
             out = out.masked_fill(hidden_rows, 0.0)
-        out = out.transpose(1, 2)[..., : config.head_dim_v].contiguous()
-        if must_align and out.requires_grad:
-            out.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: _aligned(gradient)[..., : config.head_dim_v]
-            )
-        return out, None
+        return out.transpose(1, 2).contiguous(), None
+
+    def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut:
+        trusting = config.device == "cuda"
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return _attend(config, q, k, v, None, trusting).transpose(1, 2).contiguous()
+
+        if layout == "bhsd":
+            return lambda q, k, v: attend(q, k, v).transpose(1, 2)
+        return lambda q, k, v: attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
 
     def backward(
         self,
@@ -67,19 +60,45 @@ class SdpaBackend:
         return gradients_by_autograd(self.forward, config, inputs, grad_out, grad_lse)
 
 
+def _attend(config: AttentionConfig, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, trusting: bool) -> Tensor:
+    """SDPA, (B, H, S, D) to (B, Hq, Sq, Dv), on what its kernel needs; ``trusting``: it checks no alignment."""
+    if trusting:
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        if added is not None:
+            added = _aligned(added.expand(*added.shape[:3], config.seqlen_k))[..., : config.seqlen_k]
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=added, is_causal=_is_causal(config), scale=config.softmax_scale,
+        enable_gqa=bool(config.heads_q != config.heads_kv),
+    )  # fmt: skip
+    if out.shape[-1] != config.head_dim_v:
+        out = out[..., : config.head_dim_v]
+    if trusting and out.requires_grad:
+        out.register_hook(lambda gradient: _aligned(gradient)[..., : config.head_dim_v])  # type: ignore[no-untyped-call]
+    return out
+
+
 def _aligned(tensor: Tensor) -> Tensor:
     """A tensor that torch's CUDA kernels may trust: rows of whole words, at addresses that are multiples of one.
 
     Itself, or a differentiable copy with its last dimension padded with zeros.
     """
-    columns = tensor.shape[-1]
-    step = max(8, _WORD // tensor.element_size())  # the efficient kernel counts a mask's rows in 8 elements
-    offsets = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
-    if tensor.stride(-1) == 1 and columns % step == 0 and not any(n % _WORD for n in (tensor.data_ptr(), *offsets)):
+    columns, size = tensor.shape[-1], tensor.element_size()
+    if tensor.data_ptr() % _WORD == 0 and _in_words(columns, tensor.stride(), size):
         return tensor
-    if columns % step:
-        return F.pad(tensor, (0, -columns % step)).contiguous()
+    if columns % _step(size):
+        return F.pad(tensor, (0, -columns % _step(size))).contiguous()
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_words(columns: int, strides: tuple[int, ...], size: int) -> bool:
+    *outer, last = strides
+    return last == 1 and columns % _step(size) == 0 and not any(stride * size % _WORD for stride in outer)
+
+
+def _step(size: int) -> int:
+    """Columns come in so many: the efficient kernel counts a mask's rows in 8 elements."""
+    return max(8, _WORD // size)
 
 
 def _is_causal(config: AttentionConfig) -> bool:
