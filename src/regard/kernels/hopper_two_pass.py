@@ -315,10 +315,11 @@ def query_gradient(WARPGROUP: gl.constexpr, call, tensors):
         mbarrier.wait(call.met, 0)
     skip_keys(tensors, 0, call.high - my_high)
     mbarrier.wait(call.loaded.index(WARPGROUP), 0)
-    q = matrix(tensors.q_tiles.index(WARPGROUP))
-    grad_out = matrix(tensors.grad_out_tiles.index(WARPGROUP))
     for turn in range(my_high - my_low):
         block = my_high - 1 - turn
+        mine = anew(gl.to_tensor(WARPGROUP))
+        q = matrix(tensors.q_tiles.index(mine))
+        grad_out = matrix(tensors.grad_out_tiles.index(mine))
         step = call.high - 1 - block
         tensors.keys.wait(step)
         s = warpgroup_mma(q, transposed(tensors.keys, step), zeros, use_acc=False, is_async=True)
@@ -349,10 +350,19 @@ def query_gradient(WARPGROUP: gl.constexpr, call, tensors):
     if call.VARLEN:
         store_rows(tensors.dq_ptr, call.start_q + first, call.length_q - first, call.heads, call.head, dq, call.HEAD_DIM)
     else:
-        q.store(dq)
+        matrix(tensors.q_tiles.index(WARPGROUP)).store(dq)
         fence_async_shared()
         copy_out(tensors.dq_desc, [call.plane, call.head, first, 0], tensors.q_tiles.index(WARPGROUP))
         tma.store_wait(0)
+
+
+@gluon.jit
+def anew(index):
+    """The index by an instruction that the compiler leaves in place.
+
+    What follows from it, one address for each product of a tile, is worked out there and not kept in registers.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [index], gl.int32, False, 1)
 
 
 @gluon.jit
