@@ -214,6 +214,10 @@ def test_malformed_description_is_named(argument, changes):
     assert raised.value.argument == argument
 
 
+def test_a_window_without_bounds_is_none():
+    assert AttentionConfig.from_tensors(**qkv(), window=(None, None)) == AttentionConfig.from_tensors(**qkv())
+
+
 def test_tensors_without_memory_give_tensors_without_memory():
     shapes = {name: t.to("meta") for name, t in packed().items()}
     out, lse = varlen_attention(**shapes, max_seqlen_q=5, max_seqlen_k=11, return_lse=True)

@@ -142,6 +142,8 @@ class AttentionConfig:
         _check_sizes(self)
         if self.softmax_scale is None:
             object.__setattr__(self, "softmax_scale", self.head_dim**-0.5)
+        if self.window == (None, None):
+            object.__setattr__(self, "window", None)
         _check_semantics(self)
 
     @classmethod
