@@ -204,18 +204,18 @@ def capped_softmax_gradient(
 ):
     """As `softmax_gradient`, from S itself; ``most``: softcap - lse of each query, in units of log2.
 
-    With r = 1 / (1 + exp(2x)), tanh(x) is 1 - 2r and its slope 4r(1 - r). A hidden pair gets an r so large that its
-    weight is 0, so that s is not needed beside r.
+    With u = 2 / (1 + exp(2x)), tanh(x) is 1 - u and its slope u(2 - u). A hidden pair gets a u so large that its weight
+    is 0: no registers for s beside u.
     """
-    r = inverse(1.0 + gl.exp2(s * (scale * (2.0 * LOG2_E) / softcap)))
+    u = inverse(0.5 + 0.5 * gl.exp2(s * (scale * (2.0 * LOG2_E) / softcap)))
     distance = query[None, :] + shift - key[:, None]
     if edge:
-        r = gl.where(visible(distance, key, length_k, window_left, right_reach), r, 1e18)
-    logits = most[None, :] - r * (2.0 * LOG2_E * softcap)
+        u = gl.where(visible(distance, key, length_k, window_left, right_reach), u, 1e18)
+    logits = most[None, :] - u * (LOG2_E * softcap)
     if slope is not None:
         logits -= slope * LOG2_E * gl.abs(distance).to(gl.float32)
     p = gl.exp2(logits)
-    return p, p * dp * (4.0 * r * (1.0 - r))
+    return p, p * dp * (u * (2.0 - u))
 
 
 @gluon.jit
