@@ -62,7 +62,8 @@ class AttentionInputs(NamedTuple):
     @property
     def out_shape(self) -> tuple[int, ...]:
         """Of the output: q's, with v's head dim."""
-        return (*self.q.shape[:-1], self.v.shape[-1])
+        *rows, _ = self.q.shape
+        return (*rows, self.v.shape[-1])
 
     @property
     def lse_shape(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.launch import Launch, appearance, launch_or_repeat, on_device
+from regard.backends.launch import Launch, Repetition, appearance, launch_and_remember, on_device
 from regard.backends.reference import dropout_threshold
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
@@ -63,14 +63,14 @@ class FlashBackend:
         q = inputs.q
         out = q.new_empty(inputs.out_shape)
         lse = q.new_empty(inputs.lse_shape, dtype=torch.float32)
+        key = ("flash forward", q.device.index, _product_precision(config), appearance(inputs))
+        known: Repetition | None = config.prepared.get(key)
         with on_device(q.device):
-            launch_or_repeat(
-                config.prepared,
-                ("flash forward", q.device.index, _product_precision(config), appearance(inputs)),
-                _score_tensors(config, inputs) | _forward_tensors(inputs, out, lse),
-                lambda: forward_launch(config, inputs, out, lse),
-                q.device,
-            )
+            if known is not None:
+                known.run((*_score_tensors(config, inputs), *_forward_tensors(inputs, out, lse)))
+            else:
+                launch = forward_launch(config, inputs, out, lse)
+                launch_and_remember(launch, q.device, _SCORE_TENSORS + _FORWARD_TENSORS, config.prepared, key)
         return out, lse
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor
     arguments = dict(
         **_score_arguments(config, inputs),
         **_tile_arguments(config, tile, config.seqlen_k % tile.block_n != 0),
-        **_forward_tensors(inputs, out, lse),
+        **dict(zip(_FORWARD_TENSORS, _forward_tensors(inputs, out, lse), strict=True)),
         out_strides=_strides4(out),
         lse_strides=_lse_strides(lse),
         block_table_stride=0 if inputs.block_table is None else inputs.block_table.stride(0),
@@ -124,13 +124,12 @@ def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor
     return _launch(attention_forward, programs, arguments, tile)
 
 
-def _forward_tensors(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> dict[str, Tensor | None]:
-    return dict(
-        out_ptr=out,
-        lse_ptr=lse,
-        sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
-        block_table_ptr=inputs.block_table,
-    )
+_FORWARD_TENSORS = ("out_ptr", "lse_ptr", "sinks_ptr", "block_table_ptr")
+
+
+def _forward_tensors(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:
+    """In the order of `_FORWARD_TENSORS`."""
+    return out, lse, None if inputs.sinks is None else inputs.sinks.contiguous(), inputs.block_table
 
 
 def new_gradients(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Tensor]:
@@ -309,7 +308,7 @@ def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool) -> tu
 def _score_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
     """What every kernel needs to compute scores: the tensors that shape them, sizes and semantics."""
     left, right = _bounded_band(config)
-    tensors = _score_tensors(config, inputs)
+    tensors = dict(zip(_SCORE_TENSORS, _score_tensors(config, inputs), strict=True))
     slopes = tensors["alibi_ptr"]
     return dict(
         **tensors,
@@ -336,20 +335,20 @@ def _score_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[s
     )
 
 
-def _score_tensors(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Tensor | None]:
-    slopes = inputs.alibi_slopes
-    return dict(
-        q_ptr=inputs.q,
-        k_ptr=inputs.k,
-        v_ptr=inputs.v,
-        mask_ptr=None if inputs.mask is None else inputs.mask.view(torch.uint8),
-        bias_ptr=inputs.bias,
-        alibi_ptr=None if slopes is None else slopes.float().expand(config.batch, config.heads_q),
-        cu_seqlens_q_ptr=inputs.cu_seqlens_q,
-        cu_seqlens_k_ptr=inputs.cu_seqlens_k,
-        kv_lens_ptr=inputs.kv_lens,
-        seed_ptr=inputs.dropout_seed,
-    )
+_SCORE_TENSORS = (
+    "q_ptr", "k_ptr", "v_ptr", "mask_ptr", "bias_ptr", "alibi_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr",
+    "kv_lens_ptr", "seed_ptr",
+)  # fmt: skip
+
+
+def _score_tensors(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor | None, ...]:
+    """In the order of `_SCORE_TENSORS`."""
+    q, k, v, mask, bias, slopes, _, cu_seqlens_q, cu_seqlens_k, kv_lens, _, seed = inputs
+    if mask is not None:
+        mask = mask.view(torch.uint8)
+    if slopes is not None:
+        slopes = slopes.float().expand(config.batch, config.heads_q)
+    return q, k, v, mask, bias, slopes, cu_seqlens_q, cu_seqlens_k, kv_lens, seed
 
 
 def _tile_arguments(config: AttentionConfig, tile: tuning.Tile, cut: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.backends.flash import new_gradients, prepare_rows, sink_gradient, triton_reason
-from regard.backends.launch import Launch, appearance, launch_or_repeat, on_device
+from regard.backends.launch import Launch, Repetition, appearance, launch_and_remember, on_device
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.kernels import hopper_tuning, tuning
@@ -110,30 +110,25 @@ def _backward_reasons(config: AttentionConfig) -> list[Reason]:
 
 def _forward(config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
     """Launch the forward, or repeat the launch of a call that looked the same."""
-    q, k, v, *_ = inputs
-    device = q.device
+    device = inputs.q.device
     counter = _counter(device)
     looks = appearance(inputs)
+    key = ("hopper forward", device.index, looks)
+    known: Repetition | None = config.prepared.get(key)
+    if known is None:
+        launch = forward_launch(config, inputs, out, lse, counter, _multiprocessors(device))
+        launch_and_remember(launch, device, _FORWARD_TENSORS, config.prepared, key)
+        return
+    q, k, v, *_ = inputs
     if not _suit_tma(looks[:3]):
         q, k, v = _readable_by_tma(q), _readable_by_tma(k), _readable_by_tma(v)
-    tensors = dict(
-        q_desc=q,
-        k_desc=k,
-        v_desc=v,
-        out_desc=out,
-        out_ptr=out,
-        lse_ptr=lse,
-        counter_ptr=counter,
-        sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
-        **_shared_tensors(config, inputs),
-    )
-    launch_or_repeat(
-        config.prepared,
-        ("hopper forward", device.index, looks),
-        tensors,
-        lambda: forward_launch(config, inputs, out, lse, counter, _multiprocessors(device)),
-        device,
-    )
+    known.run((q, k, v, out, out, lse, counter, _contiguous(inputs.sinks), *_shared_tensors(config, inputs)))
+
+
+_SHARED_TENSORS = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr", "alibi_ptr")
+_FORWARD_TENSORS = (
+    "q_desc", "k_desc", "v_desc", "out_desc", "out_ptr", "lse_ptr", "counter_ptr", "sinks_ptr", *_SHARED_TENSORS
+)  # fmt: skip
 
 
 def forward_launch(
@@ -167,7 +162,7 @@ def forward_launch(
         out_ptr=out,
         lse_ptr=lse,
         counter_ptr=counter,
-        sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
+        sinks_ptr=_contiguous(inputs.sinks),
         heads=heads,
         group=heads // config.heads_kv,
         section=max(1, _L2_SHARE // max(key_bytes, 1)) * (heads // config.heads_kv),
@@ -303,7 +298,7 @@ def _shared_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[
     """What both kernels are told of a call."""
     left, right = config.band
     return dict(
-        **_shared_tensors(config, inputs),
+        **dict(zip(_SHARED_TENSORS, _shared_tensors(config, inputs), strict=True)),
         batch=config.batch,
         seqlen_q=config.seqlen_q,
         seqlen_k=config.seqlen_k,
@@ -317,16 +312,16 @@ def _shared_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[
     )
 
 
-def _shared_tensors(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Tensor | None]:
+def _shared_tensors(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor | None, ...]:
+    """In the order of `_SHARED_TENSORS`; ALiBi slopes are (B, Hq) fp32."""
     slopes = inputs.alibi_slopes
-    if slopes is not None:  # (B, Hq) fp32
+    if slopes is not None:
         slopes = slopes.float().expand(config.batch, config.heads_q).contiguous()
-    return dict(
-        cu_seqlens_q_ptr=inputs.cu_seqlens_q,
-        cu_seqlens_k_ptr=inputs.cu_seqlens_k,
-        kv_lens_ptr=inputs.kv_lens,
-        alibi_ptr=slopes,
-    )
+    return inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.kv_lens, slopes
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _wanted(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:

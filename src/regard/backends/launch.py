@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -41,59 +41,41 @@ def appearance(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
     return tuple([t if t is None else (t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
 
 
-def launch_or_repeat(
-    launches: dict[Any, Any],
-    key: Any,
-    tensors: Mapping[str, Tensor | None],
-    make: Callable[[], Launch],
-    device: torch.device,
-) -> None:
-    """Make a launch, or make it again on other tensors where ``launches`` has one under this key.
-
-    Args:
-        launches: such as ``config.prepared``.
-        key: everything that the launch depends on but the addresses of its tensors, as far as ``launches`` does not.
-        tensors: the arguments that are tensors by name, and those that TMA describes, in an order of their own.
-        make: the launch itself.
-        device: which must be the current one.
-    """
-    known: _Repetition | None = launches.get(key)
-    if known is not None:
-        known.run(tensors.values())
-        return
-    launch = make()
-    compiled = launch.run(device)
-    if compiled is not None:  # Triton's interpreter compiles nothing
-        launches[key] = _Repetition(launch, compiled, tensors)
-
-
-class _Repetition:
-    """A launch to be made again with other tensors that look the same.
+class Repetition:
+    """A launch to be made again on other tensors that look the same.
 
     It goes past Triton's JIT, which would look over some forty arguments anew to find the kernel that is already known.
     """
 
     def __init__(self, launch: Launch, compiled: Any, tensors: Iterable[str]) -> None:
-        """``tensors``: names of the arguments that `run` is given, in its order."""
+        """``tensors``: names of the arguments that are tensors or describe one, in the order that `run` takes them."""
         names = list(launch.arguments)
         self._launch = compiled[(launch.programs, 1, 1)]
         self._values = list(launch.arguments.values())
-        self._places = [names.index(name) for name in tensors]
-        self._descriptors: list[tuple[type, dict[str, Any]] | None] = []
-        for place in self._places:
+        self._places: list[tuple[int, tuple[type, dict[str, Any]] | None]] = []
+        for place in map(names.index, tensors):
             value, self._values[place] = self._values[place], None
             described = value is not None and not isinstance(value, Tensor)
-            self._descriptors.append((type(value), {**value.__dict__, "base": None}) if described else None)
+            self._places.append((place, (type(value), {**vars(value), "base": None}) if described else None))
 
     def run(self, tensors: Iterable[Tensor | None]) -> None:
-        """Launch on these tensors."""
+        """Launch on the current device."""
         values = self._values.copy()
-        for place, descriptor, tensor in zip(self._places, self._descriptors, tensors, strict=True):
-            if descriptor is None:
-                values[place] = tensor
-            else:
+        for (place, descriptor), tensor in zip(self._places, tensors, strict=True):
+            if descriptor is not None:
                 kind, fields = descriptor
-                made: Any = object.__new__(kind)
-                made.__dict__ = {**fields, "base": tensor}
-                values[place] = made
+                described: Any = object.__new__(kind)
+                described.__dict__ = {**fields, "base": tensor}
+                values[place] = described
+            else:
+                values[place] = tensor
         self._launch(*values)
+
+
+def launch_and_remember(
+    launch: Launch, device: torch.device, tensors: Iterable[str], launches: dict[Any, Any], key: Any
+) -> None:
+    """Launch, and keep the `Repetition` under a key; Triton's interpreter compiles nothing that could be repeated."""
+    compiled = launch.run(device)
+    if compiled is not None:
+        launches[key] = Repetition(launch, compiled, tensors)
