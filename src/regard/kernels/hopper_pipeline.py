@@ -121,6 +121,16 @@ def matrix(tile):
 
 
 @gluon.jit
+def anew(index):
+    """The index of a tile, by an instruction that the compiler leaves where it is.
+
+    What follows from it, one address for each product of the tile, is then worked out there. Otherwise all of them
+    are worked out before the loop and held in registers, which a consumer with large accumulators has not got.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [gl.to_tensor(index)], gl.int32, False, 1)
+
+
+@gluon.jit
 def sequence_bounds(cu_seqlens_ptr, sequence, longest, total, exists):
     """First packed row of a sequence and its length, clamped so that no offset in memory can cause a stray access."""
     start = gl.minimum(gl.maximum(gl.load(cu_seqlens_ptr + sequence, mask=exists), 0), total)

@@ -19,11 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from regard.kernels.hopper_backward import LOG2_E, query_blocks, spread
+from regard.kernels.hopper_backward import LOG2_E, query_blocks
 from regard.kernels.hopper_forward import key_blocks
 from regard.kernels.hopper_pipeline import (
     SIZES,
     Ring,
+    anew,
     clear_rows,
     copy_in,
     copy_out,
@@ -113,6 +114,35 @@ class QueryPass:
 
 
 @gluon.jit
+def softmax_weights(s, lse, key, query, call, slope, block, full_low, full_high):
+    """P of a tile from its raw products, and what the softcap multiplies dS by.
+
+    ``lse`` (in units of log2), ``key`` and ``query`` lie along the tile's rows or columns: (rows, 1) or (1, columns).
+    Pairs are looked at in blocks outside full_low..full_high only.
+    """
+    distance = query + (call.length_k - call.length_q) - key
+    bend = 1.0
+    if call.softcap is None:
+        logits = s * (call.scale * LOG2_E) - lse
+    else:
+        # With r = 1 / (1 + exp(2x)), tanh(x) is 1 - 2r and its slope 4r(1 - r).
+        r = 1.0 / (1.0 + gl.exp2(s * (call.scale * (2.0 * LOG2_E) / call.softcap)))
+        logits = call.softcap * LOG2_E * (1.0 - 2.0 * r) - lse
+        bend = 4.0 * r * (1.0 - r)
+    if slope is not None:
+        logits -= slope * LOG2_E * gl.abs(distance).to(gl.float32)
+    if call.RAGGED or call.window_left is not None or call.right_reach is not None:
+        if (block < full_low) | (block >= full_high):
+            visible = key < call.length_k
+            if call.right_reach is not None:
+                visible = visible & (distance > -call.right_reach)
+            if call.window_left is not None:
+                visible = visible & (distance <= call.window_left)
+            logits = gl.where(visible, logits, float("-inf"))
+    return gl.exp2(logits), bend
+
+
+@gluon.jit
 def load_queries(call, tensors):
     """Producer of pass one: the key tile once, then every block of queries that sees it."""
     mbarrier.expect(call.loaded, tensors.k_desc.block_type.nbytes + tensors.v_desc.block_type.nbytes)
@@ -132,10 +162,10 @@ def load_queries(call, tensors):
             delta = gl.load(call.delta_ptr + terms + first + row, mask=exists, other=0.0)
             place = [call.plane, head, call.start_q + first, 0]
             tensors.queries.copy(step, tensors.q_desc, place)
-            tensors.row_lses.tile(step).store(-row_lse / (call.scale * LOG2_E))
+            tensors.row_lses.tile(step).store(row_lse)
             tensors.row_lses.publish(step)
             tensors.grads.copy(step, tensors.grad_out_desc, place)
-            tensors.deltas.tile(step).store(-delta)
+            tensors.deltas.tile(step).store(delta)
             tensors.deltas.publish(step)
             step += 1
 
@@ -148,14 +178,12 @@ def value_gradient(call, tensors):
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, dv_layout, 2)
-    of_keys: gl.constexpr = gl.SliceLayout(1, s_layout)
     of_queries: gl.constexpr = gl.SliceLayout(0, s_layout)
 
     zeros = gl.zeros([ROWS, ROWS], gl.float32, layout=s_layout)
     dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, layout=dv_layout)
-    key = call.first + gl.arange(0, ROWS, layout=of_keys)
+    key = call.first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
     column = gl.arange(0, ROWS, layout=of_queries)
-    shift = call.length_k - call.length_q
     k = matrix(tensors.k_tile)
     group = call.heads // call.heads_kv
     step = 0
@@ -167,30 +195,22 @@ def value_gradient(call, tensors):
         if call.alibi_ptr is not None:
             slope = gl.load(call.alibi_ptr + call.sequence * call.heads + call.head * group + member)
         for block in range(call.low, call.high):
-            tensors.row_lses.wait(step)
-            minus_lse = spread(tensors.row_lses.tile(step).load(of_queries), zeros)
             tensors.queries.wait(step)
-            s = warpgroup_mma(k, transposed(tensors.queries, step), minus_lse, is_async=True)
+            s = warpgroup_mma(k, transposed(tensors.queries, step), zeros, use_acc=False, is_async=True)
+            tensors.row_lses.wait(step)
+            lse = tensors.row_lses.tile(step).load(of_queries)
             s = warpgroup_mma_wait(0, deps=(s,))
             tensors.queries.release(step)
-            distance = block * ROWS + column[None, :] + shift - key[:, None]
-            if call.RAGGED or call.window_left is not None or call.right_reach is not None:
-                if (block < call.full_low) | (block >= call.full_high):
-                    visible = key[:, None] < call.length_k
-                    if call.right_reach is not None:
-                        visible = visible & (distance > -call.right_reach)
-                    if call.window_left is not None:
-                        visible = visible & (distance <= call.window_left)
-                    s = gl.where(visible, s, float("-inf"))
-            logits = s * (call.scale * LOG2_E)
-            if slope is not None:
-                logits -= slope * LOG2_E * gl.abs(distance).to(gl.float32)
-            p = gl.exp2(logits).to(dtype)
+            query = block * ROWS + column
+            p, bend = softmax_weights(
+                s, lse[None, :], key[:, None], query[None, :], call, slope, block, call.full_low, call.full_high
+            )
             tensors.weights.acquire(step)
-            tensors.weights.tile(step).store(p)
+            tensors.weights.tile(step).store((p * bend).to(dtype))
             tensors.weights.publish(step)
             tensors.grads.wait(step)
-            dv = warpgroup_mma(gl.convert_layout(p, p_layout), matrix(tensors.grads.tile(step)), dv, is_async=True)
+            p = gl.convert_layout(p.to(dtype), p_layout)
+            dv = warpgroup_mma(p, matrix(tensors.grads.tile(step)), dv, is_async=True)
             dv = warpgroup_mma_wait(0, deps=(dv,))
             tensors.grads.release(step)
             step += 1
@@ -215,18 +235,17 @@ def key_gradient(call, tensors):
     if call.UNCLEAN:
         clear_rows(v, call.length_k - call.first)
     for step in range(group * (call.high - call.low)):
-        tensors.deltas.wait(step)
-        minus_delta = spread(tensors.deltas.tile(step).load(of_queries), zeros)
         tensors.grads.wait(step)
-        dp = warpgroup_mma(v, transposed(tensors.grads, step), minus_delta, is_async=True)
+        dp = warpgroup_mma(v, transposed(tensors.grads, step), zeros, use_acc=False, is_async=True)
+        tensors.deltas.wait(step)
+        delta = tensors.deltas.tile(step).load(of_queries)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         tensors.grads.release(step)
         tensors.weights.wait(step)
-        ds = (tensors.weights.tile(step).load(s_layout).to(gl.float32) * dp).to(dtype)
+        weights = tensors.weights.tile(step).load(s_layout).to(gl.float32)
         tensors.weights.release(step)
-        dk = warpgroup_mma(
-            gl.convert_layout(ds, ds_layout), matrix(tensors.queries.tile(step)), dk, is_async=True
-        )
+        ds = gl.convert_layout((weights * (dp - delta[None, :])).to(dtype), ds_layout)
+        dk = warpgroup_mma(ds, matrix(tensors.queries.tile(step)), dk, is_async=True)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         tensors.queries.release(step)
     dk = (dk * call.scale).to(dtype)
@@ -292,7 +311,6 @@ def query_gradient(WARPGROUP: gl.constexpr, call, tensors):
     column = gl.arange(0, ROWS, layout=gl.SliceLayout(0, s_layout))
     zeros = gl.zeros([ROWS, ROWS], gl.float32, layout=s_layout)
     dq = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=dq_layout)
-    shift = call.length_k - call.length_q
     terms = (call.plane * call.heads + call.head).to(gl.int64) * call.rows + call.start_q + row
     row_lse = gl.load(call.row_lse_ptr + terms, mask=row < call.length_q, other=float("inf"))
     delta = gl.load(call.delta_ptr + terms, mask=row < call.length_q, other=0.0)
@@ -317,7 +335,7 @@ def query_gradient(WARPGROUP: gl.constexpr, call, tensors):
     mbarrier.wait(call.loaded.index(WARPGROUP), 0)
     for turn in range(my_high - my_low):
         block = my_high - 1 - turn
-        mine = anew(gl.to_tensor(WARPGROUP))
+        mine = anew(WARPGROUP)
         q = matrix(tensors.q_tiles.index(mine))
         grad_out = matrix(tensors.grad_out_tiles.index(mine))
         step = call.high - 1 - block
@@ -326,22 +344,13 @@ def query_gradient(WARPGROUP: gl.constexpr, call, tensors):
         tensors.values.wait(step)
         dp = warpgroup_mma(grad_out, transposed(tensors.values, step), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
-        distance = row[:, None] + shift - block * ROWS - column[None, :]
-        if call.RAGGED or call.window_left is not None or call.right_reach is not None:
-            if (block < full_low) | (block >= full_high):
-                visible = column[None, :] < call.length_k - block * ROWS
-                if call.right_reach is not None:
-                    visible = visible & (distance > -call.right_reach)
-                if call.window_left is not None:
-                    visible = visible & (distance <= call.window_left)
-                s = gl.where(visible, s, float("-inf"))
-        logits = s * (call.scale * LOG2_E)
-        if slope is not None:
-            logits -= slope * LOG2_E * gl.abs(distance).to(gl.float32)
-        p = gl.exp2(logits - row_lse[:, None])
+        key = block * ROWS + column
+        p, bend = softmax_weights(
+            s, row_lse[:, None], key[None, :], row[:, None], call, slope, block, full_low, full_high
+        )
         dp = warpgroup_mma_wait(0, deps=(dp,))
         tensors.values.release(step)
-        ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), ds_layout)
+        ds = gl.convert_layout((p * bend * (dp - delta[:, None])).to(dtype), ds_layout)
         dq = warpgroup_mma(ds, matrix(tensors.keys.tile(step)), dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         tensors.keys.release(step)
@@ -354,15 +363,6 @@ def query_gradient(WARPGROUP: gl.constexpr, call, tensors):
         fence_async_shared()
         copy_out(tensors.dq_desc, [call.plane, call.head, first, 0], tensors.q_tiles.index(WARPGROUP))
         tma.store_wait(0)
-
-
-@gluon.jit
-def anew(index):
-    """The index by an instruction that the compiler leaves in place.
-
-    What follows from it, one address for each product of a tile, is worked out there and not kept in registers.
-    """
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [index], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -399,6 +399,7 @@ def backward_keys(
     total_q,
     total_k,
     scale,
+    softcap,
     window_left,
     right_reach,
     HEAD_DIM: gl.constexpr,
@@ -448,7 +449,7 @@ def backward_keys(
     )  # fmt: skip
     fence_async_shared()
     call = Call(
-        scale, alibi_ptr, None, window_left, right_reach, heads, heads_kv, rows, sequence, plane, head, first,
+        scale, alibi_ptr, softcap, window_left, right_reach, heads, heads_kv, rows, sequence, plane, head, first,
         start_q, start_k, length_q, length_k, low, full_low, full_high, high, row_lse_ptr, delta_ptr, loaded, met,
         HEAD_DIM, HEAD_DIM_V, VARLEN, UNCLEAN, RAGGED,
     )  # fmt: skip
@@ -480,6 +481,7 @@ def backward_queries(
     total_q,
     total_k,
     scale,
+    softcap,
     window_left,
     right_reach,
     HEAD_DIM: gl.constexpr,
@@ -529,7 +531,7 @@ def backward_queries(
     )  # fmt: skip
     fence_async_shared()
     call = Call(
-        scale, alibi_ptr, None, window_left, right_reach, heads, heads_kv, rows, sequence, plane, head, first,
+        scale, alibi_ptr, softcap, window_left, right_reach, heads, heads_kv, rows, sequence, plane, head, first,
         start_q, start_k, length_q, length_k, low, full_low, full_high, high, row_lse_ptr, delta_ptr, loaded, met,
         HEAD_DIM, HEAD_DIM_V, VARLEN, UNCLEAN, RAGGED,
     )  # fmt: skip
