@@ -4,6 +4,9 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import regard
 from regard import plans
@@ -116,7 +119,14 @@ def test_one_difference_makes_another_config(probe):
         configs[name] = config_of(probe, **change)
     assert len({id(config) for config in configs.values()}) == len(configs)
     for name, change in CHANGES.items():
+        assert config_of(probe) is configs["unchanged"], name
         assert config_of(probe, **change) is configs[name], name
+
+
+def test_without_guards_of_torch_configs_are_shared_all_the_same(probe, monkeypatch):
+    monkeypatch.setattr(plans, "TensorGuards", None)
+    monkeypatch.setattr(plans, "_latest", plans._Recent(4))
+    test_one_difference_makes_another_config(probe)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +280,50 @@ def test_memory_of_plans_is_bounded():
     assert recent.find(0) == 0 and 4 <= len(kept) < 8 and kept[-1] == 99
 
 
+PACKED = torch.tensor([0, 3, 8], dtype=torch.int32)
+CALLS = {
+    "plain": lambda q: regard.attention(q, q, q, causal=True),
+    "lse": lambda q: regard.attention(q, q, q, return_lse=True),
+    "heads outside": lambda q: regard.attention(q, q, q, layout="bhsd"),
+    "bias": lambda q: regard.attention(q, q, q, bias=torch.zeros(S, S)),
+    "sinks": lambda q: regard.attention(q, q, q, sinks=torch.zeros(H)),
+    "lengths": lambda q: regard.attention(q, q, q, kv_lens=torch.tensor([3, 4], dtype=torch.int32)),
+    "packed": lambda q: regard.varlen_attention(q[0], q[0], q[0], PACKED, PACKED),
+    "by name": lambda q: regard.attention(q, q, q, backend="probe"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_plan_of_the_latest_call_is_recalled(monkeypatch, call):
+    call(torch.randn(B, S, H, D))
+    monkeypatch.setattr(plans, "make", None)
+    call(torch.randn(B, S, H, D))
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16), FakeTensorMode,
+        lambda: FlopCounterMode(display=False), forward_ad.dual_level, lambda: regard.use_backend("reference"),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "fake", "flops", "dual", "use_backend"],
+)  # fmt: skip
+def test_no_plan_is_recalled_inside_a_context_that_it_was_not_made_in(context):
+    q = torch.randn(B, S, H, D, requires_grad=True)
+    tensors, options = (q, q, q, *[None] * 8), ("bshd", True, None, None, 0, 0, False, False, None, None, None, None)
+    regard.attention(q, q, q, causal=True)
+    assert plans.recall(tensors, options, None) is not None
+    with context():
+        assert plans.recall(tensors, options, None) is None
+    assert plans.recall(tensors, options, None) is not None
+    torch.func.vmap(lambda x: (x, plans.recall(tensors, options, None) and 1 / 0)[0])(torch.randn(2))
+
+
+def test_numbers_of_numpy_are_remembered_too(probe):
+    scale = pytest.importorskip("numpy").float64(0.5)
+    assert config_of(probe, softmax_scale=scale) is config_of(probe, softmax_scale=scale)
+
+
 def test_a_remembered_call_is_neither_validated_nor_selected_again(monkeypatch):
     q = torch.randn(1, 16, 2, 8)
     regard.attention(q, q, q, causal=True)
@@ -280,9 +334,10 @@ def test_a_remembered_call_is_neither_validated_nor_selected_again(monkeypatch):
 
 def test_traced_calls_are_not_remembered(monkeypatch):
     """A fake tensor looks like a real one, but a config with symbols in it must not serve a real call."""
-    monkeypatch.setattr(plans._recent, "keep", None)
-    monkeypatch.setattr(plans._recent, "find", None)
-    with torch._subclasses.FakeTensorMode():
+    for recent in (plans._recent, plans._latest):
+        monkeypatch.setattr(recent, "keep", None)
+        monkeypatch.setattr(recent, "find", None)
+    with FakeTensorMode():
         q = torch.randn(1, 4, 2, 8)
         assert regard.attention(q, q, q, causal=True).shape == q.shape
     torch.func.vmap(lambda q: regard.attention(q, q, q, backend="reference"))(torch.randn(2, 1, 4, 2, 8))

@@ -16,7 +16,6 @@ from regard import ops, plans
 from regard.config import AttentionConfig, AttentionInputs
 from regard.errors import ConfigError
 from regard.registry import Explanation, registry
-from regard.tracing import is_traced
 
 
 def attention(
@@ -230,16 +229,17 @@ def _attend(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | N
 
 def _run(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Tensor | tuple[Tensor, Tensor]:
     """Describe the call, select its backend, run it."""
-    if torch._C._is_any_autocast_enabled() and isinstance(q := tensors[0], Tensor):
-        kind = q.device.type
-        if torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                return _run(_autocast(tensors, torch.get_autocast_dtype(kind)), options, backend)
-    traced = is_traced(tensors)
-    config = plans.describe(tensors, options, traced=traced)
-    selection, shortcut = plans.select(config, backend, options[0])
+    plan = plans.recall(tensors, options, backend)
+    if plan is None:
+        if torch._C._is_any_autocast_enabled() and isinstance(q := tensors[0], Tensor):
+            kind = q.device.type
+            if torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return _run(_autocast(tensors, torch.get_autocast_dtype(kind)), options, backend)
+        plan = plans.make(tensors, options, backend)
+    config, selection, shortcut, traced = plan
     q, k, v, mask, bias, *rest = tensors
-    if shortcut is not None and not traced:
+    if shortcut is not None:
         try:
             return shortcut(q, k, v)
         except Exception:  # noqa: S110 - the long way says what is wrong, or finds another backend

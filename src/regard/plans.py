@@ -6,7 +6,9 @@ registry's state say. Values inside tensors are looked at in every call.
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import marshal
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,14 @@ from torch import Tensor
 from regard import lengths
 from regard.config import AttentionConfig, AttentionInputs
 from regard.registry import Selection, Shortcut, registry, shortcut
+from regard.tracing import is_traced, is_watched
+
+try:
+    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
+except ImportError:  # torch promises nothing of it; without it plans are made anew from what is remembered
+    TensorGuards: Any = None
+else:
+    TensorGuards = _TensorGuards
 
 TENSORS = AttentionInputs._fields[:-1]
 """The tensor arguments of a call in the order of `describe`: all of `AttentionInputs` but the dropout seed."""
@@ -23,6 +33,103 @@ OPTIONS = (
     "max_seqlen_q", "max_seqlen_k", "requires_grad", "bias_requires_grad",
 )  # fmt: skip
 """The other arguments of `AttentionConfig.from_tensors` in the order of `describe`."""
+
+
+class Plan(NamedTuple):
+    """How a call is served.
+
+    Attributes:
+        config, selection: what it is, and which backend serves it.
+        shortcut: see `regard.registry.shortcut`; None for traced calls.
+        traced: what `is_traced` says of it.
+    """
+
+    config: AttentionConfig
+    selection: Selection
+    shortcut: Shortcut | None
+    traced: bool
+
+
+def recall(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Plan | None:
+    """The plan of the latest call with these options, where this one is alike in all that a plan depends on.
+
+    `TensorGuards` compares type, shape, strides, dtype, device, requires_grad and the dispatcher's state (autocast,
+    inference mode) at once: this takes a fifth of the time of `make`.
+
+    Raises:
+        ConfigError: values in index tensors are not legal.
+    """
+    if is_watched():
+        return None
+    try:
+        known = _latest.find(_said(options, backend))
+    except ValueError:  # what cannot be said in bytes, such as a float of numpy
+        return None
+    if known is None or known.state != registry.state:
+        return None
+    for look, tensor in zip(known.looks, tensors):  # noqa: B905 - as many as there are `TENSORS`
+        if tensor is None:
+            if look is not None:
+                return None
+        elif look is None or not look.check(tensor):
+            return None
+    plan = known.plan
+    if not _values_fit(plan.config, tensors, options):
+        return None
+    registry.record(plan.config, plan.selection)
+    return plan
+
+
+def make(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Plan:
+    """Describe the call, and select its backend.
+
+    Args:
+        tensors: tensors or None in the order of `TENSORS`, or whatever the caller passed for them.
+        options: in the order of `OPTIONS`.
+        backend: the caller's choice.
+
+    Raises:
+        ConfigError: an argument is malformed.
+        UnsupportedError: no backend serves the call.
+    """
+    traced = is_traced(tensors)
+    config = describe(tensors, options, traced=traced)
+    selection, shortcut = select(config, backend, options[0])
+    plan = Plan(config, selection, None if traced else shortcut, traced)
+    if not traced and TensorGuards is not None:
+        with contextlib.suppress(ValueError):
+            _latest.keep(_said(options, backend), _Latest(_looks(config, tensors), registry.state, plan))
+    return plan
+
+
+def _said(options: tuple[Any, ...], backend: str | None) -> bytes:
+    """What a caller says beside tensors; as bytes 1 differs from True and 1.0."""
+    return marshal.dumps((options, backend, torch.is_grad_enabled()), 2)
+
+
+class _Latest(NamedTuple):
+    """A plan, and when it holds: for tensors of these looks, in this state of the registry."""
+
+    looks: tuple[Any, ...]
+    state: tuple[int, str | None]
+    plan: Plan
+
+
+def _looks(config: AttentionConfig, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """`TensorGuards` for each of these tensors, which are those that the config describes.
+
+    One for all would refuse calls that give a tensor twice.
+    """
+    key = (_looks, *map(type, tensors))
+    if key not in config.prepared:
+        config.prepared[key] = tuple(
+            None
+            if t is None
+            else TensorGuards(t, dynamic_dims_sizes=[list(t.shape)], dynamic_dims_strides=[list(t.stride())])
+            for t in tensors
+        )
+    found: tuple[Any, ...] = config.prepared[key]
+    return found
 
 
 def describe(tensors: tuple[Any, ...], options: tuple[Any, ...], *, traced: bool) -> AttentionConfig:
@@ -113,27 +220,31 @@ def _longest_fits(name: str, cu_seqlens: Tensor, total: int | None, stated: int 
     return longest == remembered and (stated is None or stated >= longest)
 
 
-class _Recent:
-    """The configs used last: at least ``size`` of them, at most twice as many.
+_Kept = TypeVar("_Kept")
+
+
+class _Recent(Generic[_Kept]):
+    """What was used last: at least ``size`` of them, at most twice as many.
 
     Two generations instead of an exact order of use, since a hit in the younger one costs a single lookup.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._younger: dict[Any, AttentionConfig] = {}
-        self._older: dict[Any, AttentionConfig] = {}
+        self._younger: dict[Any, _Kept] = {}
+        self._older: dict[Any, _Kept] = {}
 
-    def find(self, key: Any) -> AttentionConfig | None:
+    def find(self, key: Any) -> _Kept | None:
         found = self._younger.get(key)
         if found is None and (found := self._older.get(key)) is not None:
             self.keep(key, found)
         return found
 
-    def keep(self, key: Any, config: AttentionConfig) -> None:
+    def keep(self, key: Any, kept: _Kept) -> None:
         if len(self._younger) >= self._size:
             self._older, self._younger = self._younger, {}
-        self._younger[key] = config
+        self._younger[key] = kept
 
 
-_recent = _Recent(512)
+_recent: _Recent[AttentionConfig] = _Recent(512)
+_latest: _Recent[_Latest] = _Recent(512)

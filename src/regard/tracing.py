@@ -12,6 +12,16 @@ from torch.autograd import forward_ad
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def is_watched() -> bool:
+    """Whether something looks at every call: torch.compile, a dispatch mode, a transform, forward-mode derivatives."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
 def is_traced(tensors: Iterable[object]) -> bool:
     """Whether some of these tensors may have no memory or values to look at, or operations on them are recorded.
 
@@ -19,12 +29,7 @@ def is_traced(tensors: Iterable[object]) -> bool:
     transform or a level of forward-mode differentiation, for tensor subclasses, and for lazily negated views (such as
     ``z.conj().imag``), whose memory holds the wrong sign until an operation of torch has resolved it.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    ):
+    if is_watched():
         return True
     for tensor in tensors:  # noqa: SIM110 - this runs in every call, and any() takes twice as long
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):  # type: ignore[attr-defined]
