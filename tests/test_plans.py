@@ -319,6 +319,20 @@ def test_no_plan_is_recalled_inside_a_context_that_it_was_not_made_in(context):
     torch.func.vmap(lambda x: (x, plans.recall(tensors, options, None) and 1 / 0)[0])(torch.randn(2))
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_plans_made_inside_a_context_are_recalled_there(monkeypatch, context):
+    outside = torch.randn(B, S, H, D)
+    regard.attention(outside, outside, outside)
+    with context():
+        inside = torch.randn(B, S, H, D)
+        for q in (outside, inside):
+            regard.attention(q, q, q)
+            with monkeypatch.context() as patch:
+                patch.setattr(plans, "make", None)
+                regard.attention(q, q, q)
+    regard.attention(inside, inside, inside)
+
+
 def test_numbers_of_numpy_are_remembered_too(probe):
     scale = pytest.importorskip("numpy").float64(0.5)
     assert config_of(probe, softmax_scale=scale) is config_of(probe, softmax_scale=scale)

@@ -120,7 +120,8 @@ def _looks(config: AttentionConfig, tensors: tuple[Tensor | None, ...]) -> tuple
 
     One for all would refuse calls that give a tensor twice.
     """
-    key = (_looks, *map(type, tensors))
+    inference = [t is not None and t.is_inference() for t in tensors]  # no matter of the config, but of the dispatcher
+    key = (_looks, torch.is_inference_mode_enabled(), *inference, *map(type, tensors))
     if key not in config.prepared:
         config.prepared[key] = tuple(
             None
