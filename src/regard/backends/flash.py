@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.launch import Launch, Repetition, appearance, launch_and_remember, on_device
+from regard.backends.launch import Launch, Repetition, appearance, launch_and_remember, new_results, on_device
 from regard.backends.reference import dropout_threshold
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
@@ -61,8 +61,7 @@ class FlashBackend:
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
         q = inputs.q
-        out = q.new_empty(inputs.out_shape)
-        lse = q.new_empty(inputs.lse_shape, dtype=torch.float32)
+        out, lse = new_results(config, inputs)
         key = ("flash forward", q.device.index, _product_precision(config), appearance(inputs))
         known: Repetition | None = config.prepared.get(key)
         with on_device(q.device):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.backends.flash import new_gradients, prepare_rows, sink_gradient, triton_reason
-from regard.backends.launch import Launch, Repetition, appearance, launch_and_remember, on_device
+from regard.backends.launch import Launch, Repetition, appearance, launch_and_remember, new_results, on_device
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.kernels import hopper_tuning, tuning
@@ -60,10 +60,8 @@ class HopperBackend:
         return KvCacheLayout.PACKED if config.varlen else KvCacheLayout.CONTIGUOUS
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        q = inputs.q
-        out = q.new_empty(inputs.out_shape)
-        lse = q.new_empty(inputs.lse_shape, dtype=torch.float32)
-        with on_device(q.device):
+        out, lse = new_results(config, inputs)
+        with on_device(inputs.q.device):
             _forward(config, inputs, out, lse)
         return out, lse
 
