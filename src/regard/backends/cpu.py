@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regard.backends.reference import dropout_keep, gather_pages
+from regard.backends.reference import compact, dropout_keep, gather_pages
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.registry import Gradients, Shortcut
@@ -25,6 +25,7 @@ _kernel = torch._scaled_dot_product_flash_attention_for_cpu
 _SCORES_IN_FLIGHT = 2**20  # scores that a step in torch operations holds at once, over all heads
 _ADDITIVE_IN_FLIGHT = 2**22  # elements of the additive mask made for one call of the fused kernel
 _FUSED_ROWS = 256  # fewest rows for which the fused kernel works at full speed
+_WORTH_GROUPING = 2**17  # key elements that single query rows must read before a group's views pay
 
 
 class CpuBackend:
@@ -72,9 +73,7 @@ class CpuBackend:
             return lambda q, k, v: (
                 call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))[0].transpose(1, 2).contiguous()
             )
-        if config.seqlen_q == 1:  # lies in memory alike in both layouts
-            return lambda q, k, v: call(q, k, v)[0].contiguous()
-        return lambda q, k, v: call(q, k, v)[0].transpose(1, 2).contiguous().transpose(1, 2)
+        return lambda q, k, v: compact(call(q, k, v)[0])
 
     @torch.no_grad()
     def backward(
@@ -384,7 +383,7 @@ def _fused_row(
     """The fused kernel on one query a sequence, with the query heads of a key/value head as rows of one product."""
     batch, heads, _, head_dim = q.shape
     heads_kv = k.shape[1]
-    if heads == heads_kv:
+    if heads == heads_kv or (q.dtype != torch.bfloat16 and k.numel() * heads // heads_kv < _WORTH_GROUPING):
         if q.dtype != torch.bfloat16:
             return _kernel(q, k, v, dropout_p, causal, attn_mask=attn_mask, scale=scale)
         # its product of a single bfloat16 row is several times slower than that of two

@@ -235,3 +235,8 @@ def _wide_product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
     low = constant * (word & 0xFFFF)
     middle = constant * (word >> 16) + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def compact(out: Tensor) -> Tensor:
+    """Out (B, Hq, Sq, Dv) in contiguous memory, of this layout or of (B, Sq, Hq, Dv)."""
+    return out if out.is_contiguous() else out.transpose(1, 2).contiguous().transpose(1, 2)

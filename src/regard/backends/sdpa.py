@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.backends.reference import gradients_by_autograd
+from regard.backends.reference import compact, gradients_by_autograd
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.registry import Gradients, Shortcut
@@ -40,13 +40,12 @@ class SdpaBackend:
 
     def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut:
         trusting = config.device == "cuda"
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return _attend(config, q, k, v, None, trusting).transpose(1, 2).contiguous()
-
         if layout == "bhsd":
-            return lambda q, k, v: attend(q, k, v).transpose(1, 2)
-        return lambda q, k, v: attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            return lambda q, k, v: compact(_attend(config, q, k, v, None, trusting))
+        return lambda q, k, v: (
+            _attend(config, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, trusting)
+            .transpose(1, 2).contiguous()
+        )  # fmt: skip
 
     def backward(
         self,
