@@ -153,7 +153,7 @@ def test_a_failure_is_handled_by_the_long_way(short, monkeypatch, fails):
     assert ("quarantine" in [reason.code for reason in regard.explain(q, k, v).reasons("short")]) == fails
 
 
-DECODING = [(1, 24, 4, 4), (1, 600, 6, 2), (1, 600, 8, 1), (1, 24, 4, 2), (1, 1, 4, 2)]  # Sq, Sk, Hq, Hk
+DECODING = [(1, 24, 4, 4), (1, 2500, 10, 2), (1, 2500, 10, 1), (1, 24, 4, 2), (1, 1, 4, 2)]  # Sq, Sk, Hq, Hk
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])

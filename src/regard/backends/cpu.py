@@ -25,7 +25,7 @@ _kernel = torch._scaled_dot_product_flash_attention_for_cpu
 _SCORES_IN_FLIGHT = 2**20  # scores that a step in torch operations holds at once, over all heads
 _ADDITIVE_IN_FLIGHT = 2**22  # elements of the additive mask made for one call of the fused kernel
 _FUSED_ROWS = 256  # fewest rows for which the fused kernel works at full speed
-_WORTH_GROUPING = 2**17  # key elements that single query rows must read before a group's views pay
+_WORTH_GROUPING = 2**18  # key elements that a group of query heads must read again, each for itself, to be made one
 
 
 class CpuBackend:
@@ -383,12 +383,13 @@ def _fused_row(
     """The fused kernel on one query a sequence, with the query heads of a key/value head as rows of one product."""
     batch, heads, _, head_dim = q.shape
     heads_kv = k.shape[1]
-    if heads == heads_kv or (q.dtype != torch.bfloat16 and k.numel() * heads // heads_kv < _WORTH_GROUPING):
-        if q.dtype != torch.bfloat16:
-            return _kernel(q, k, v, dropout_p, causal, attn_mask=attn_mask, scale=scale)
+    if q.dtype == torch.bfloat16 and heads == heads_kv:
         # its product of a single bfloat16 row is several times slower than that of two
         out, lse = _kernel(q.expand(-1, -1, 2, -1), k, v, dropout_p, causal, attn_mask=attn_mask, scale=scale)
         return out[:, :, :1].contiguous(), lse[:, :, :1]
+    repeats = k.numel() * (heads // heads_kv - 1)
+    if q.dtype != torch.bfloat16 and (repeats < _WORTH_GROUPING or batch * heads_kv < torch.get_num_threads()):
+        return _kernel(q, k, v, dropout_p, causal, attn_mask=attn_mask, scale=scale)
     group = heads // heads_kv
     if attn_mask is not None and attn_mask.shape[1] != 1:
         attn_mask = attn_mask.reshape(attn_mask.shape[0], heads_kv, group, -1)
