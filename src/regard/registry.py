@@ -35,7 +35,11 @@ Shortcut = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class AttentionBackend(Protocol):
-    """What a backend provides. Stateless; called with canonical inputs (see `AttentionInputs`)."""
+    """What a backend provides. Stateless; called with canonical inputs (see `AttentionInputs`).
+
+    Optional: ``composed_of_torch_ops``, true where autograd and torch.compile can see through ``forward``; and a method
+    ``shortcut(config, layout)``, see `shortcut`.
+    """
 
     @property
     def name(self) -> str:
