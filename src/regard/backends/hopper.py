@@ -17,8 +17,7 @@ from regard.kernels import hopper_tuning, tuning
 from regard.registry import Gradients
 
 MAX_HEAD_DIM = 256
-MAX_BACKWARD_HEAD_DIM = 128
-ONE_PASS_HEAD_DIM = 128  # beyond, one pass keeps too few keys in registers
+_ONE_PASS_HEAD_DIM = 128  # beyond, the backward in one pass keeps too few keys in registers
 _TMA_BYTES = 16  # granularity of the addresses and strides that TMA can follow
 _L2_SHARE = 32 * 2**20  # bytes of keys and values that tiles in flight may share: most of an H200's 50 MB
 
@@ -54,7 +53,7 @@ class HopperBackend:
             reasons.append(Reason("dropout", f"dropout_p={config.dropout_p}", "0", "flash serves such calls"))
         if config.softmax_scale <= 0:
             reasons.append(Reason("softmax_scale", str(config.softmax_scale), "a positive number"))
-        return [*reasons, *_backward_reasons(config)] if config.requires_grad else reasons
+        return reasons
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
         return KvCacheLayout.PACKED if config.varlen else KvCacheLayout.CONTIGUOUS
@@ -80,7 +79,7 @@ class HopperBackend:
         row_lse, delta = prepare_rows(config, inputs, out, grad_out, lse, grad_lse)
         found = new_gradients(config, inputs)
         dq, dk, dv = found.values()
-        if max(config.head_dim, config.head_dim_v) > ONE_PASS_HEAD_DIM:
+        if _needs_two_passes(config):
             for launch in two_pass_launches(config, inputs, grad_out, row_lse, delta, inputs._replace(**found)):
                 launch.run(grad_out.device)
         else:
@@ -92,18 +91,10 @@ class HopperBackend:
         return {**found}
 
 
-def _backward_reasons(config: AttentionConfig) -> list[Reason]:
-    reasons = []
-    head_dim = max(config.head_dim, config.head_dim_v)
-    if head_dim > MAX_BACKWARD_HEAD_DIM:
-        reasons.append(Reason("backward", f"a gradient at head dim {head_dim}", f"at most {MAX_BACKWARD_HEAD_DIM}"))
-    if config.softcap > 0:
-        reasons.append(Reason("backward", "a gradient through softcap", "softcap=0", "flash serves such calls"))
-    if config.deterministic:
-        reasons.append(
-            Reason("deterministic", "deterministic=True", "False: dQ is summed in the order that programs come to it")
-        )
-    return reasons
+def _needs_two_passes(config: AttentionConfig) -> bool:
+    """Whether the backward takes dQ in a pass of its own: at wide heads that is faster; a repeatable sum needs it; and
+    the gradient of a softcap has no room in one pass."""
+    return max(config.head_dim, config.head_dim_v) > _ONE_PASS_HEAD_DIM or config.deterministic or config.softcap > 0
 
 
 def _forward(config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
@@ -220,7 +211,6 @@ def backward_launch(
         dv_ptr=dv,
         row_lse_ptr=row_lse,
         delta_ptr=delta,
-        **_turns(config, sums, block_m),
         heads=config.heads_q,
         heads_kv=config.heads_kv,
         HEAD_DIM=config.head_dim,
@@ -230,20 +220,6 @@ def backward_launch(
     )
     programs = -(-config.seqlen_k // BLOCK_N.value) * config.batch * config.heads_kv
     return Launch(attention_backward, programs, _wanted(attention_backward, arguments), dict(num_warps=4, maxnreg=168))
-
-
-def _turns(config: AttentionConfig, sums: Tensor, block_m: int) -> dict[str, Any]:
-    """What the backward is told where dQ must be summed in a fixed order: see `regard.kernels.hopper_turns`."""
-    if not config.deterministic:
-        return dict(turns_ptr=None, section=None)
-    group = config.heads_q // config.heads_kv
-    row_bytes = (config.head_dim + config.head_dim_v) * config.dtype.itemsize + config.head_dim * sums.element_size()
-    section = _L2_SHARE // max(config.seqlen_q * group * row_bytes, 1)
-    blocks = -(-config.seqlen_q // block_m)
-    return dict(
-        turns_ptr=torch.zeros(1 + config.batch * config.heads_q * blocks, dtype=torch.int32, device=sums.device),
-        section=min(max(section, 1), config.batch * config.heads_kv),
-    )
 
 
 def two_pass_launches(
@@ -280,7 +256,7 @@ def two_pass_launches(
         heads_kv=config.heads_kv,
         HEAD_DIM=config.head_dim,
         KEY_STAGES=2,
-        VALUE_STAGES=1,
+        VALUE_STAGES=1 if max(block_d, block_dv) > 128 else 2,
         RAGGED=_cut(config, rows),
     )
     options = dict(num_warps=4, maxnreg=168)

@@ -4,8 +4,7 @@ Dao 2023, "FlashAttention-2", algorithm 2, with the roles of Shah et al. 2024, "
 streams the queries that see a key tile; two consumer warpgroups keep 64 keys each, with keys as the rows of S and dP,
 so that P and dS feed the products for dV and dK from registers. dS also goes to shared memory, where both warpgroups
 read it for a part of dQ each. Query heads of one key/value head follow each other, so that dK and dV are summed over
-the group in registers. Where dQ must be summed in a fixed order, a warp of its own has TMA add it, turn by turn
-(`hopper_turns`), and the consumers go on.
+the group in registers.
 """
 
 from triton.experimental import gluon
@@ -21,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from regard.kernels.hopper_pipeline import (
     SIZES,
     Ring,
+    anew,
     clear_rows,
     copy_in,
     copy_out,
@@ -34,7 +34,6 @@ from regard.kernels.hopper_pipeline import (
     stages_for,
     transposed,
 )
-from regard.kernels.hopper_turns import await_turn, nth_program, pass_turn, turn_of
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 KEYS = gl.constexpr(64)  # of a warpgroup
@@ -57,14 +56,11 @@ class Call:
     row_lse_ptr: gl.tensor
     delta_ptr: gl.tensor
     alibi_ptr: optional
-    turns_ptr: optional
     scale: gl.tensor
-    softcap: optional
     window_left: optional
     right_reach: optional
     heads: optional
     heads_kv: optional
-    seqlen_q: optional
     rows: optional
     sequence: optional
     plane: optional
@@ -82,9 +78,8 @@ class Call:
     grads: Ring
     terms: Ring
     scores: Ring
-    sums: Ring | gl.constexpr
-    k_tile: gl.shared_memory_descriptor
-    v_tile: gl.shared_memory_descriptor
+    k_tiles: gl.shared_memory_descriptor
+    v_tiles: gl.shared_memory_descriptor
     dq_tiles: gl.shared_memory_descriptor
     loaded: gl.shared_memory_descriptor
     HEAD_DIM: gl.constexpr
@@ -96,8 +91,10 @@ class Call:
 
 
 @gluon.jit
-def query_blocks(first, length_q, length_k, window_left, right_reach, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Query blocks [low, high) that see a key tile, and those of them, [full_low, full_high), that see all of it.
+def query_blocks(
+    first, length_q, length_k, window_left, right_reach, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """Query blocks [low, high) that see keys first..first+127, and those of them, [full_low, full_high), that see all.
 
     A tile with keys past the sequence has no full blocks: such a key's weight must come out as 0.
     """
@@ -130,8 +127,8 @@ def load_tiles(call):
     """Producer: the key tile once, then the queries, output gradients and row terms of every block that sees it."""
     mbarrier.expect(call.loaded, call.k_desc.block_type.nbytes + call.v_desc.block_type.nbytes)
     place = [call.plane, call.head_k, call.start_k + call.first_key, 0]
-    copy_in(call.k_desc, place, call.loaded, call.k_tile)
-    copy_in(call.v_desc, place, call.loaded, call.v_tile)
+    copy_in(call.k_desc, place, call.loaded, call.k_tiles.index(0))
+    copy_in(call.v_desc, place, call.loaded, call.v_tiles.index(0))
     layout: gl.constexpr = gl.BlockedLayout([call.BLOCK_M // 32], [32], [1], [0])
     row = gl.arange(0, call.BLOCK_M, layout=layout)
     group = call.heads // call.heads_kv
@@ -147,10 +144,7 @@ def load_tiles(call):
             exists = first + row < call.length_q
             row_lse = gl.load(call.row_lse_ptr + terms + first + row, mask=exists, other=float("inf"))
             delta = gl.load(call.delta_ptr + terms + first + row, mask=exists, other=0.0)
-            if call.softcap is None:
-                call.terms.tile(step).slice(0, call.BLOCK_M).store(-row_lse / (call.scale * LOG2_E))
-            else:
-                call.terms.tile(step).slice(0, call.BLOCK_M).store(call.softcap * LOG2_E - row_lse)
+            call.terms.tile(step).slice(0, call.BLOCK_M).store(-row_lse / (call.scale * LOG2_E))
             call.terms.tile(step).slice(call.BLOCK_M, call.BLOCK_M).store(-delta)
             call.terms.publish(step)
             step += 1
@@ -166,17 +160,6 @@ def spread(of_query, zeros):
 
 
 @gluon.jit
-def visible(distance, key, length_k, window_left, right_reach):
-    """Which pairs of a tile, rows of keys and columns of queries, lie within the band and the sequence."""
-    within = key[:, None] < length_k
-    if right_reach is not None:
-        within = within & (distance > -right_reach)
-    if window_left is not None:
-        within = within & (distance <= window_left)
-    return within
-
-
-@gluon.jit
 def softmax_gradient(s, dp, key, query, shift, length_k, slope, scale, window_left, right_reach, edge):
     """P and dS (but for the scale) of a tile whose rows are keys and whose columns are queries.
 
@@ -184,7 +167,12 @@ def softmax_gradient(s, dp, key, query, shift, length_k, slope, scale, window_le
     """
     distance = query[None, :] + shift - key[:, None]
     if edge:
-        s = gl.where(visible(distance, key, length_k, window_left, right_reach), s, float("-inf"))
+        visible = key[:, None] < length_k
+        if right_reach is not None:
+            visible = visible & (distance > -right_reach)
+        if window_left is not None:
+            visible = visible & (distance <= window_left)
+        s = gl.where(visible, s, float("-inf"))
     logits = s * (scale * LOG2_E)
     if slope is not None:
         logits -= slope * LOG2_E * gl.abs(distance).to(gl.float32)
@@ -193,37 +181,11 @@ def softmax_gradient(s, dp, key, query, shift, length_k, slope, scale, window_le
 
 
 @gluon.jit
-def inverse(x):
-    """1 / x by one instruction; 0 where x is infinite."""
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], gl.float32, True, 1)
-
-
-@gluon.jit
-def capped_softmax_gradient(
-    s, dp, most, key, query, shift, length_k, slope, scale, softcap, window_left, right_reach, edge
-):
-    """As `softmax_gradient`, from S itself; ``most``: softcap - lse of each query, in units of log2.
-
-    With u = 2 / (1 + exp(2x)), tanh(x) is 1 - u and its slope u(2 - u). A hidden pair gets a u so large that its weight
-    is 0: no registers for s beside u.
-    """
-    u = inverse(0.5 + 0.5 * gl.exp2(s * (scale * (2.0 * LOG2_E) / softcap)))
-    distance = query[None, :] + shift - key[:, None]
-    if edge:
-        u = gl.where(visible(distance, key, length_k, window_left, right_reach), u, 1e18)
-    logits = most[None, :] - u * (LOG2_E * softcap)
-    if slope is not None:
-        logits -= slope * LOG2_E * gl.abs(distance).to(gl.float32)
-    p = gl.exp2(logits)
-    return p, p * dp * (u * (2.0 - u))
-
-
-@gluon.jit
 def accumulate(WARPGROUP: gl.constexpr, call):
     """Consumer: dK and dV of 64 keys, and a part of dQ of every block of queries."""
     HEAD_DIM: gl.constexpr = call.q_desc.block_type.shape[3]
     HEAD_DIM_V: gl.constexpr = call.v_desc.block_type.shape[3]
-    dtype: gl.constexpr = call.k_tile.dtype
+    dtype: gl.constexpr = call.k_tiles.dtype
     DQ_COLUMNS: gl.constexpr = call.dq_desc.block_type.shape[3]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -242,10 +204,8 @@ def accumulate(WARPGROUP: gl.constexpr, call):
     key = call.first_key + my_key + gl.arange(0, KEYS, layout=of_keys)
     column = gl.arange(0, call.BLOCK_M, layout=of_queries)
     shift = call.length_k - call.length_q
-    k = matrix(call.k_tile)
-    v = matrix(call.v_tile)
-    my_k = k.slice(my_key, KEYS, dim=0)
-    my_v = v.slice(my_key, KEYS, dim=0)
+    my_k = matrix(call.k_tiles.index(0)).slice(my_key, KEYS, dim=0)
+    my_v = matrix(call.v_tiles.index(0)).slice(my_key, KEYS, dim=0)
 
     group = call.heads // call.heads_kv
     step = 0
@@ -267,28 +227,20 @@ def accumulate(WARPGROUP: gl.constexpr, call):
             call.terms.wait(step)
             terms = call.terms.tile(step)
             # The products start from what is to be taken off them: exp2(S * scale - lse) and dP - delta.
-            if call.softcap is None:
-                minus_lse = spread(terms.slice(0, call.BLOCK_M).load(of_queries), zeros)
+            minus_lse = spread(terms.slice(0, call.BLOCK_M).load(of_queries), zeros)
             minus_delta = spread(terms.slice(call.BLOCK_M, call.BLOCK_M).load(of_queries), zeros)
             call.queries.wait(step)
-            if call.softcap is None:
-                s = warpgroup_mma(my_k, transposed(call.queries, step), minus_lse, is_async=True)
-            else:
-                s = warpgroup_mma(my_k, transposed(call.queries, step), zeros, use_acc=False, is_async=True)
+            only = anew(0)
+            my_k = matrix(call.k_tiles.index(only)).slice(my_key, KEYS, dim=0)
+            my_v = matrix(call.v_tiles.index(only)).slice(my_key, KEYS, dim=0)
+            s = warpgroup_mma(my_k, transposed(call.queries, step), minus_lse, is_async=True)
             call.grads.wait(step)
             dp = warpgroup_mma(my_v, transposed(call.grads, step), minus_delta, is_async=True)
             s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-            query = block * call.BLOCK_M + column
-            if call.softcap is None:
-                p, ds = softmax_gradient(
-                    s, dp, key, query, shift, call.length_k, slope, call.scale, call.window_left, call.right_reach, edge
-                )
-            else:
-                most = terms.slice(0, call.BLOCK_M).load(of_queries)
-                p, ds = capped_softmax_gradient(
-                    s, dp, most, key, query, shift, call.length_k, slope, call.scale, call.softcap, call.window_left,
-                    call.right_reach, edge,
-                )  # fmt: skip
+            p, ds = softmax_gradient(
+                s, dp, key, block * call.BLOCK_M + column, shift, call.length_k, slope, call.scale,
+                call.window_left, call.right_reach, edge,
+            )  # fmt: skip
             narrow_p = gl.convert_layout(p.to(dtype), p_layout)
             narrow_ds = ds.to(dtype)
             call.scores.acquire(step)
@@ -316,9 +268,9 @@ def accumulate(WARPGROUP: gl.constexpr, call):
         dq = query_gradient(call, WARPGROUP, step - 1, zeros_dq)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         add_query_gradient(call, WARPGROUP, step - 1, dq, last_head, last_row)
-    store_gradient(call.dk_desc, call.dk_ptr, call, my_key, (dk * call.scale).to(dtype), call.k_tile, step,
+    store_gradient(call.dk_desc, call.dk_ptr, call, my_key, (dk * call.scale).to(dtype), call.k_tiles, step,
                    call.HEAD_DIM)  # fmt: skip
-    store_gradient(call.dv_desc, call.dv_ptr, call, my_key, dv.to(dtype), call.v_tile, step, call.HEAD_DIM_V)
+    store_gradient(call.dv_desc, call.dv_ptr, call, my_key, dv.to(dtype), call.v_tiles, step, call.HEAD_DIM_V)
     tma.store_wait(0)
 
 
@@ -327,7 +279,7 @@ def query_gradient(call, WARPGROUP: gl.constexpr, step, zeros):
     """Consumer: start a warpgroup's part of dQ = dS K: 64 rows where there are 64 for each, else half the columns."""
     COLUMNS: gl.constexpr = call.dq_desc.block_type.shape[3]
     ds = transposed(call.scores, step)
-    k = matrix(call.k_tile)
+    k = matrix(call.k_tiles.index(anew(0)))
     if call.BLOCK_M == 128:
         ds = ds.slice(WARPGROUP * 64, 64, dim=0)
     else:
@@ -337,54 +289,21 @@ def query_gradient(call, WARPGROUP: gl.constexpr, step, zeros):
 
 @gluon.jit
 def add_query_gradient(call, WARPGROUP: gl.constexpr, step, dq, head, first_row):
-    """Consumer: have a part of dQ added to what other key tiles gave."""
+    """Consumer: have TMA add a part of dQ to what other key tiles gave."""
+    COLUMNS: gl.constexpr = call.dq_desc.block_type.shape[3]
     call.scores.release(step)
     tile = call.dq_tiles.index(WARPGROUP)
-    if call.turns_ptr is None:
-        tma.store_wait(0)
-        matrix(tile).store(dq)
-        fence_async_shared()
-        reduce_part(call, WARPGROUP, head, first_row)
-    else:
-        call.sums.acquire(step)
-        matrix(tile).store(dq)
-        fence_async_shared()
-        call.sums.publish(step)
-
-
-@gluon.jit
-def reduce_part(call, PART: gl.constexpr, head, first_row):
-    """Have TMA add a warpgroup's part of dQ to what other key tiles gave."""
-    COLUMNS: gl.constexpr = call.dq_desc.block_type.shape[3]
+    tma.store_wait(0)
+    matrix(tile).store(dq)
+    fence_async_shared()
     if call.BLOCK_M == 128:
-        reduce_out(call.dq_desc, [call.plane, head, first_row + PART * 64, 0], call.dq_tiles.index(PART))
+        reduce_out(call.dq_desc, [call.plane, head, first_row + WARPGROUP * 64, 0], tile)
     else:
-        reduce_out(call.dq_desc, [call.plane, head, first_row, PART * COLUMNS], call.dq_tiles.index(PART))
+        reduce_out(call.dq_desc, [call.plane, head, first_row, WARPGROUP * COLUMNS], tile)
 
 
 @gluon.jit
-def add_in_turn(call):
-    """One warp, where dQ is summed in a fixed order: have TMA add what the consumers hand over, each block in turn."""
-    group = call.heads // call.heads_kv
-    blocks = gl.cdiv(call.seqlen_q, call.BLOCK_M)
-    step = 0
-    for member in range(group):
-        head = call.head_k * group + member
-        semaphores = call.turns_ptr + 1 + (call.sequence * call.heads + head) * blocks
-        for block in range(call.low, call.high):
-            turn = turn_of(call.first_key, block, call.length_q, call.length_k, call.right_reach, call.BLOCK_M, BLOCK_N)
-            await_turn(semaphores + block, turn)
-            call.sums.wait(step)
-            for part in gl.static_range(2):
-                reduce_part(call, part, head, call.start_q + block * call.BLOCK_M)
-            tma.store_wait(0)
-            call.sums.release(step)
-            pass_turn(semaphores + block, turn)
-            step += 1
-
-
-@gluon.jit
-def store_gradient(desc, ptr, call, my_key: gl.constexpr, gradient, tile, step, HEAD_DIM: gl.constexpr):
+def store_gradient(desc, ptr, call, my_key: gl.constexpr, gradient, tiles, step, HEAD_DIM: gl.constexpr):
     """Write 64 rows of dK or dV: by TMA through the key tile's shared memory, or row by row in packed sequences."""
     start = call.start_k + call.first_key + my_key
     if call.VARLEN:
@@ -397,6 +316,7 @@ def store_gradient(desc, ptr, call, my_key: gl.constexpr, gradient, tile, step, 
     else:
         # Both warpgroups have read the tile for dQ once they have released the last step's scores.
         call.scores.acquire(step + 1)
+        tile = tiles.index(0)
         matrix(tile).slice(my_key, KEYS, dim=0).store(gradient)
         fence_async_shared()
         copy_out(desc, [call.plane, call.head_k, start, 0], tile.slice(my_key, KEYS, dim=2))
@@ -419,7 +339,6 @@ def attention_backward(
     cu_seqlens_k_ptr,
     kv_lens_ptr,
     alibi_ptr,  # (B, Hq) fp32
-    turns_ptr,  # int32 zeros, where dQ is summed in a fixed order: tickets, then (B, Hq, blocks of queries)
     batch,
     heads,
     heads_kv,
@@ -427,9 +346,7 @@ def attention_backward(
     seqlen_k,
     total_q,
     total_k,
-    section,  # heads in flight at a time, with turns_ptr
     scale,
-    softcap,
     window_left,
     right_reach,
     HEAD_DIM: gl.constexpr,
@@ -447,12 +364,6 @@ def attention_backward(
     first_key = program % blocks_n * BLOCK_N
     head_k = program // blocks_n % heads_kv
     sequence = program // blocks_n // heads_kv
-    if turns_ptr is not None:
-        ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
-        tile, head = nth_program(ticket, blocks_n, batch * heads_kv, section)
-        first_key = tile * BLOCK_N
-        head_k = head % heads_kv
-        sequence = head // heads_kv
     start_q = 0 * program
     start_k = 0 * program
     length_q = seqlen_q + start_q
@@ -480,24 +391,14 @@ def attention_backward(
     scores = make_ring(gl.allocate_shared_memory(q_desc.dtype, [2, BLOCK_N, BLOCK_M], scores_layout), 2, 2, 2)
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(loaded, count=1)
-    k_tile = stages_for(k_desc, 1).index(0)
-    v_tile = stages_for(v_desc, 1).index(0)
+    k_tiles = stages_for(k_desc, 1)
+    v_tiles = stages_for(v_desc, 1)
     dq_tiles = stages_for(dq_desc, 2)
-    sums = None
-    if turns_ptr is not None:
-        sums = make_ring(dq_tiles, 1, 2, 1)
     fence_async_shared()
     call = Call(
         q_desc, k_desc, v_desc, grad_out_desc, dq_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, row_lse_ptr, delta_ptr,
-        alibi_ptr, turns_ptr, scale, softcap, window_left, right_reach, heads, heads_kv, seqlen_q, rows, sequence,
-        plane, head_k, first_key, start_q, start_k, length_q, length_k, low, full_low, full_high, high, queries, grads,
-        terms, scores, sums, k_tile, v_tile, dq_tiles, loaded, HEAD_DIM, HEAD_DIM_V, BLOCK_M, VARLEN, UNCLEAN, RAGGED,
+        alibi_ptr, scale, window_left, right_reach, heads, heads_kv, rows, sequence, plane, head_k, first_key,
+        start_q, start_k, length_q, length_k, low, full_low, full_high, high, queries, grads, terms, scores,
+        k_tiles, v_tiles, dq_tiles, loaded, HEAD_DIM, HEAD_DIM_V, BLOCK_M, VARLEN, UNCLEAN, RAGGED,
     )  # fmt: skip
-    if turns_ptr is None:
-        gl.warp_specialize([(accumulate, (0, call)), (accumulate, (1, call)), (load_tiles, (call,))], [4, 1], [240, 24])
-    else:
-        gl.warp_specialize(
-            [(accumulate, (0, call)), (accumulate, (1, call)), (load_tiles, (call,)), (add_in_turn, (call,))],
-            [4, 1, 1],
-            [240, 24, 24],
-        )
+    gl.warp_specialize([(accumulate, (0, call)), (accumulate, (1, call)), (load_tiles, (call,))], [4, 1], [240, 24])

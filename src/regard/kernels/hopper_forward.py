@@ -540,3 +540,6 @@ def attention_forward(
              (load_tiles, (call,))],
             [4, 4, 1], [160, 160, 24],
         )  # fmt: skip
+    mbarrier.invalidate(clean)
+    for warpgroup in gl.static_range(WARPGROUPS):
+        mbarrier.invalidate(turns.index(warpgroup))

@@ -3,6 +3,10 @@
 A `Ring` hands tiles from one producer to its consumers. Each of its stages has a barrier that says "full" and one that
 says "empty"; a barrier's phase flips each time the stage comes round, so that the number of a step is all the state
 that either side keeps.
+
+A kernel invalidates the barriers that some of its features leave unused. It would otherwise never touch them again, and
+Triton would give their memory to a tile; but the hardware may still write a valid barrier (PTX ISA, mbarrier.inval),
+and did, into the output, where several processes took turns on the device.
 """
 
 from triton.experimental import gluon

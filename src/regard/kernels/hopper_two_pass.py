@@ -457,6 +457,7 @@ def backward_keys(
         [(value_gradient, (call, tensors)), (key_gradient, (call, tensors)), (load_queries, (call, tensors))],
         [4, 1], [240, 24],
     )  # fmt: skip
+    mbarrier.invalidate(met)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -539,3 +540,4 @@ def backward_queries(
         [(query_gradient, (0, call, tensors)), (query_gradient, (1, call, tensors)), (load_keys, (call, tensors))],
         [4, 1], [240, 24],
     )  # fmt: skip
+    mbarrier.invalidate(met)
