@@ -18,6 +18,7 @@ from regard.registry import Gradients
 
 MAX_HEAD_DIM = 256
 _ONE_PASS_HEAD_DIM = 128  # beyond, the backward in one pass keeps too few keys in registers
+_LEAST_TWO_PASS_HEAD_DIM = 64  # up to here, flash's two passes are faster
 _TMA_BYTES = 16  # granularity of the addresses and strides that TMA can follow
 _L2_SHARE = 32 * 2**20  # bytes of keys and values that tiles in flight may share: most of an H200's 50 MB
 
@@ -40,10 +41,11 @@ class HopperBackend:
             reasons.append(Reason("dtype_float64", "float64", "float16 or bfloat16", "reference computes in float64"))
         elif config.dtype not in (torch.float16, torch.bfloat16):
             reasons.append(Reason("dtype", str(config.dtype).removeprefix("torch."), "float16 or bfloat16"))
+        head_dim = max(config.head_dim, config.head_dim_v)
         reasons += [
-            Reason("head_dim", str(head_dim), f"a multiple of 8, at most {MAX_HEAD_DIM}")
-            for head_dim in sorted({config.head_dim, config.head_dim_v})
-            if head_dim > MAX_HEAD_DIM or head_dim % 8
+            Reason("head_dim", str(wrong), f"a multiple of 8, at most {MAX_HEAD_DIM}")
+            for wrong in sorted({config.head_dim, config.head_dim_v})
+            if wrong > MAX_HEAD_DIM or wrong % 8
         ]
         if config.mask_shape is not None:
             reasons.append(Reason("mask", "a mask", "causal, window or lengths", _LEFT_TO_FLASH))
@@ -53,6 +55,11 @@ class HopperBackend:
             reasons.append(Reason("dropout", f"dropout_p={config.dropout_p}", "0", "flash serves such calls"))
         if config.softmax_scale <= 0:
             reasons.append(Reason("softmax_scale", str(config.softmax_scale), "a positive number"))
+        if config.requires_grad and _needs_two_passes(config) and head_dim <= _LEAST_TWO_PASS_HEAD_DIM:
+            feature = "deterministic=True" if config.deterministic else f"softcap={config.softcap}"
+            observed = f"a gradient with {feature} at head dim {head_dim}"
+            needed = f"head dims above {_LEAST_TWO_PASS_HEAD_DIM}"
+            reasons.append(Reason("backward", observed, needed, "flash is faster: this takes two passes here"))
         return reasons
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
@@ -237,13 +244,13 @@ def two_pass_launches(
     from regard.kernels.hopper_two_pass import backward_keys, backward_queries
 
     rows = hopper_tuning.ROWS
+    tile = hopper_tuning.two_pass_tile(config.head_dim, config.head_dim_v)
     block_d, block_dv = (max(64, tuning.padded_head_dim(d)) for d in (config.head_dim, config.head_dim_v))
+    q = _readable_by_tma(inputs.q)
     arguments = dict(
         **_shared_arguments(config, inputs),
-        q_desc=_descriptor(_readable_by_tma(inputs.q), rows, block_d),
         k_desc=_descriptor(_readable_by_tma(inputs.k), rows, block_d),
         v_desc=_descriptor(_readable_by_tma(inputs.v), rows, block_dv),
-        grad_out_desc=_descriptor(grad_out, rows, block_dv),
         dq_desc=_descriptor(gradients.q, rows, block_d),
         dk_desc=_descriptor(gradients.k, rows, block_d),
         dv_desc=_descriptor(gradients.v, rows, block_dv),
@@ -256,16 +263,20 @@ def two_pass_launches(
         heads_kv=config.heads_kv,
         HEAD_DIM=config.head_dim,
         KEY_STAGES=2,
-        VALUE_STAGES=1 if max(block_d, block_dv) > 128 else 2,
+        VALUE_STAGES=tile.value_stages,
         RAGGED=_cut(config, rows),
     )
-    options = dict(num_warps=4, maxnreg=168)
     key_tiles = -(-config.seqlen_k // rows) * config.batch * config.heads_kv
     query_tiles = -(-config.seqlen_q // (2 * rows)) * config.batch * config.heads_q
-    return [
-        Launch(kernel, programs, _wanted(kernel, arguments), options)
-        for kernel, programs in ((backward_keys, key_tiles), (backward_queries, query_tiles))
-    ]
+    launches = []
+    for kernel, programs, block_m in (
+        (backward_keys, key_tiles, tile.block_m),
+        (backward_queries, query_tiles, rows),
+    ):
+        arguments["q_desc"] = _descriptor(q, block_m, block_d)
+        arguments["grad_out_desc"] = _descriptor(grad_out, block_m, block_dv)
+        launches.append(Launch(kernel, programs, _wanted(kernel, arguments), dict(num_warps=4, maxnreg=168)))
+    return launches
 
 
 def _shared_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:

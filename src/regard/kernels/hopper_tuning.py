@@ -61,5 +61,20 @@ def forward_tile(head_dim: int, head_dim_v: int, causal: bool, seqlen_k: int, ra
 
 
 def backward_block_m(head_dim: int, head_dim_v: int) -> int:
-    """Queries in a tile of the Hopper backward, whose key tile is always 128."""
+    """Queries in a tile of the Hopper backward in one pass, whose key tile is always 128."""
     return 128 if max(head_dim, head_dim_v) <= 64 else 64
+
+
+class TwoPassTile(NamedTuple):
+    """Tiles of the backward in two passes, where they are not 64 rows.
+
+    ``block_m``: queries that the pass for dK and dV takes at a time; ``value_stages``: of the pass for dQ.
+    """
+
+    block_m: int
+    value_stages: int
+
+
+def two_pass_tile(head_dim: int, head_dim_v: int) -> TwoPassTile:
+    """Tiles of the Hopper backward in two passes: what shared memory has room for."""
+    return TwoPassTile(128, 2) if max(head_dim, head_dim_v) <= 128 else TwoPassTile(64, 1)

@@ -38,7 +38,7 @@ from regard.kernels.hopper_pipeline import (
     transposed,
 )
 
-ROWS = gl.constexpr(64)  # queries of a tile and keys of a tile, as many as one wgmma covers
+ROWS = gl.constexpr(64)  # rows of a warpgroup, as many as one wgmma covers
 
 
 @record
@@ -149,14 +149,15 @@ def load_queries(call, tensors):
     place = [call.plane, call.head, call.start_k + call.first, 0]
     copy_in(tensors.k_desc, place, call.loaded, tensors.k_tile)
     copy_in(tensors.v_desc, place, call.loaded, tensors.v_tile)
-    row = gl.arange(0, ROWS, layout=gl.BlockedLayout([ROWS // 32], [32], [1], [0]))
+    BLOCK_M: gl.constexpr = tensors.q_desc.block_type.shape[2]
+    row = gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0]))
     group = call.heads // call.heads_kv
     step = 0
     for member in range(group):
         head = call.head * group + member
         terms = (call.plane * call.heads + head).to(gl.int64) * call.rows + call.start_q
         for block in range(call.low, call.high):
-            first = block * ROWS
+            first = block * BLOCK_M
             exists = first + row < call.length_q
             row_lse = gl.load(call.row_lse_ptr + terms + first + row, mask=exists, other=float("inf"))
             delta = gl.load(call.delta_ptr + terms + first + row, mask=exists, other=0.0)
@@ -175,15 +176,16 @@ def value_gradient(call, tensors):
     """Consumer of pass one: P of every block of queries, and dV = P^T dO."""
     BLOCK_DV: gl.constexpr = tensors.v_desc.block_type.shape[3]
     dtype: gl.constexpr = tensors.k_tile.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    BLOCK_M: gl.constexpr = tensors.q_desc.block_type.shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, dv_layout, 2)
     of_queries: gl.constexpr = gl.SliceLayout(0, s_layout)
 
-    zeros = gl.zeros([ROWS, ROWS], gl.float32, layout=s_layout)
+    zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, layout=s_layout)
     dv = gl.zeros([ROWS, BLOCK_DV], gl.float32, layout=dv_layout)
     key = call.first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
-    column = gl.arange(0, ROWS, layout=of_queries)
+    column = gl.arange(0, BLOCK_M, layout=of_queries)
     k = matrix(tensors.k_tile)
     group = call.heads // call.heads_kv
     step = 0
@@ -201,7 +203,7 @@ def value_gradient(call, tensors):
             lse = tensors.row_lses.tile(step).load(of_queries)
             s = warpgroup_mma_wait(0, deps=(s,))
             tensors.queries.release(step)
-            query = block * ROWS + column
+            query = block * BLOCK_M + column
             p, bend = softmax_weights(
                 s, lse[None, :], key[:, None], query[None, :], call, slope, block, call.full_low, call.full_high
             )
@@ -222,12 +224,13 @@ def key_gradient(call, tensors):
     """Consumer of pass one: dS of every block of queries, and dK = dS^T Q."""
     BLOCK_D: gl.constexpr = tensors.q_desc.block_type.shape[3]
     dtype: gl.constexpr = tensors.k_tile.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    BLOCK_M: gl.constexpr = tensors.q_desc.block_type.shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
     of_queries: gl.constexpr = gl.SliceLayout(0, s_layout)
 
-    zeros = gl.zeros([ROWS, ROWS], gl.float32, layout=s_layout)
+    zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, layout=s_layout)
     dk = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=dk_layout)
     v = matrix(tensors.v_tile)
     group = call.heads // call.heads_kv
@@ -406,6 +409,7 @@ def backward_keys(
     HEAD_DIM_V: gl.constexpr,
     RAGGED: gl.constexpr,  # the last key tile may be cut
 ):
+    BLOCK_M: gl.constexpr = q_desc.block_type.shape[2]
     VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
     UNCLEAN: gl.constexpr = VARLEN or kv_lens_ptr is not None
     # With a causal bound the first keys are seen by most queries: the longest programs come first.
@@ -430,19 +434,19 @@ def backward_keys(
             return
     if kv_lens_ptr is not None:
         length_k = gl.minimum(gl.maximum(gl.load(kv_lens_ptr + sequence), 0), seqlen_k)
-    low, full_low, full_high, high = query_blocks(first, length_q, length_k, window_left, right_reach, ROWS, ROWS)
+    low, full_low, full_high, high = query_blocks(first, length_q, length_k, window_left, right_reach, BLOCK_M, ROWS)
 
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     met = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(loaded, count=1)
     mbarrier.init(met, count=2)
     terms_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scores_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], q_desc.dtype)
+    scores_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q_desc.dtype)
     queries = make_ring(stages_for(q_desc, 2), 2, 1, 2)
     grads = make_ring(stages_for(grad_out_desc, 2), 2, 1, 2)
-    row_lses = make_companion(queries, gl.allocate_shared_memory(gl.float32, [2, ROWS], terms_layout), 1)
-    deltas = make_companion(grads, gl.allocate_shared_memory(gl.float32, [2, ROWS], terms_layout), 1)
-    weights = make_ring(gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, ROWS], scores_layout), 2, 1, 1)
+    row_lses = make_companion(queries, gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], terms_layout), 1)
+    deltas = make_companion(grads, gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], terms_layout), 1)
+    weights = make_ring(gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, BLOCK_M], scores_layout), 2, 1, 1)
     tensors = KeyPass(
         q_desc, k_desc, v_desc, grad_out_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, queries, grads, row_lses, deltas,
         weights, stages_for(k_desc, 1).index(0), stages_for(v_desc, 1).index(0),
