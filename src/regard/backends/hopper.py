@@ -172,6 +172,7 @@ def forward_launch(
         SHARE_Q=tile.share_q,
         TAKE_TURNS=tile.take_turns,
         ONE_LOOP=tile.one_loop,
+        RESCALE_EARLY=tile.rescale_early,
     )
     rows = tile.block_m // pack
     if config.varlen:

@@ -34,6 +34,7 @@ from regard.kernels.hopper_pipeline import (
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key yet: finite, so that inf - inf never occurs
+SLACK = gl.constexpr(8.0)  # weights may come to 2**SLACK before the sums are rescaled
 ROWS = gl.constexpr(64)  # query rows of a warpgroup, as many as one wgmma covers
 RECORD = gl.constexpr(8)  # integers in a tile's record, see `schedule`
 
@@ -82,6 +83,7 @@ class Call:
     SHARE_Q: gl.constexpr
     TAKE_TURNS: gl.constexpr
     ONE_LOOP: gl.constexpr
+    RESCALE_EARLY: gl.constexpr
 
 
 @gluon.jit
@@ -246,11 +248,44 @@ def biased_scores(s, distance, scale, softcap, slope):
 
 @gluon.jit
 def online_softmax(s, row_max, row_sum, factor):
-    """One step of the online softmax: weights, the old state's decay, and the new state (maximum in log2 units)."""
-    new_max = gl.maximum(row_max, gl.max(s, 1) * factor)
+    """One step of the online softmax: weights, the old state's decay, and the new state (maximum in log2 units).
+
+    The maximum is a mere reference, which cancels in the end. It follows the scores only where they leave it far behind,
+    so that nearly always the decay is 1 (the conditional rescaling of FlashAttention-4).
+    """
+    highest = gl.max(s, 1) * factor
+    new_max = gl.where(highest > row_max + SLACK, highest, row_max)
     weights = gl.exp2(s * factor - new_max[:, None])
     decay = gl.exp2(row_max - new_max)
     return weights, decay, new_max, row_sum * decay + gl.sum(weights, 1)
+
+
+@gluon.constexpr_function
+def _rescale_assembly(COUNT):
+    """Multiplies COUNT sums of a thread, which lie in two rows in turns of two, unless no row of the warp decays."""
+    products = "".join(f"mul.f32 ${i}, ${i}, ${2 * COUNT + i}; " for i in range(COUNT))
+    return (
+        "{ .reg .pred decays; "
+        f"setp.neu.f32 decays, ${2 * COUNT}, 0f3F800000; "
+        f"setp.neu.or.f32 decays, ${2 * COUNT + 2}, 0f3F800000, decays; "
+        "vote.sync.any.pred decays, decays, -1; "
+        "@!decays bra done; "
+        f"{products} done: }}"
+    )
+
+
+@gluon.constexpr_function
+def _rescale_constraints(COUNT):
+    return ",".join(["=f"] * COUNT + [str(i) for i in range(COUNT)] + ["f"] * COUNT)
+
+
+@gluon.jit
+def rescale(acc, decay):
+    """The sums of weighted values after their rows' decay; a warp of whose rows none decays leaves them alone."""
+    COUNT: gl.constexpr = min(32, acc.shape[1] // 2)
+    return gl.inline_asm_elementwise(
+        _rescale_assembly(COUNT), _rescale_constraints(COUNT), [acc, decay[:, None]], gl.float32, True, COUNT
+    )
 
 
 @gluon.jit
@@ -389,6 +424,8 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
                         await_turn(call.turns, WARPGROUP, step)
                     s = warpgroup_mma(q, transposed(call.keys, step), zeros, use_acc=False, is_async=True)
                     call.values.wait(step - 1)
+                    if call.RESCALE_EARLY:
+                        acc = rescale(acc, gl.convert_layout(decay, row_o))
                     acc = warpgroup_mma(p, matrix(call.values.tile(step - 1)), acc, is_async=True)
                     s = warpgroup_mma_wait(1, deps=(s,))
                     if call.TAKE_TURNS:
@@ -405,13 +442,16 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
                         p = gl.convert_layout(weights.to(dtype), p_layout)
                     acc = warpgroup_mma_wait(0, deps=(acc,))
                     call.values.release(step - 1)
-                    acc = acc * gl.convert_layout(decay, row_o)[:, None]
+                    if not call.RESCALE_EARLY:
+                        acc = rescale(acc, gl.convert_layout(decay, row_o))
                     step += 1
         if not call.ONE_LOOP:
             p = gl.convert_layout(weights.to(dtype), p_layout)
         if not call.SHARE_Q:
             call.queries.release(tile * WARPGROUPS + WARPGROUP)
         call.values.wait(step - 1)
+        if call.RESCALE_EARLY:
+            acc = rescale(acc, gl.convert_layout(decay, row_o))
         acc = warpgroup_mma(p, matrix(call.values.tile(step - 1)), acc, is_async=True)
 
         high, low, first, head, sequence, start_q, length_q, length_k = read_record(call.records, tile)
@@ -510,6 +550,7 @@ def attention_forward(
     SHARE_Q: gl.constexpr,  # the output leaves through the queries' shared memory
     TAKE_TURNS: gl.constexpr,  # the warpgroups start their products one after the other
     ONE_LOOP: gl.constexpr,  # see `attend_queries`
+    RESCALE_EARLY: gl.constexpr,  # the sums, beside the next scores' product and not after their own
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     queries = make_ring(stages_for(q_desc, WARPGROUPS), WARPGROUPS, 1, 1)
@@ -528,7 +569,7 @@ def attention_forward(
         q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, counter_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
         kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, total_k, section, scale,
         softcap, window_left, right_reach, queries, keys, values, records, out_tiles, clean, turns,
-        HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, SEQUENCES, RAGGED, SHARE_Q, TAKE_TURNS, ONE_LOOP,
+        HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, SEQUENCES, RAGGED, SHARE_Q, TAKE_TURNS, ONE_LOOP, RESCALE_EARLY,
     )  # fmt: skip
     if WARPGROUPS == 2:
         gl.warp_specialize(

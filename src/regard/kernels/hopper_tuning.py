@@ -15,6 +15,7 @@ class HopperTile(NamedTuple):
     ``take_turns``: the warpgroups start their products one after the other, so that one's softmax meets another's
     products (FlashAttention-3's ping-pong).
     ``one_loop``: see `hopper_forward.attend_queries`; it saves registers.
+    ``rescale_early``: the sums are rescaled beside the product of the next scores, and not after their own product.
     """
 
     block_m: int
@@ -24,6 +25,7 @@ class HopperTile(NamedTuple):
     share_q: bool = False
     take_turns: bool = False
     one_loop: bool = False
+    rescale_early: bool = True
 
     @property
     def max_registers(self) -> int:
@@ -40,7 +42,7 @@ _SHORT = 2048
 FORWARD = {
     64: HopperTile(192, 128, 3, 3, take_turns=True, one_loop=True),
     128: HopperTile(128, 128, 2, 2, take_turns=True),
-    256: HopperTile(128, 64, 3, 2, share_q=True, take_turns=True),
+    256: HopperTile(128, 64, 3, 2, share_q=True, take_turns=True, rescale_early=False),
 }
 
 
