@@ -236,6 +236,7 @@ def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
     assert arch is not None
     compiled = compile_launch(kernel, arguments, options, arch)
     block, stages = tile_of(arguments, options)
+    block += f" d{arguments['DIMS']}" if arguments.get("DIMS", 256) < config.head_dim else ""
     record = {"tile": f"{block} w{compiled.metadata.num_warps} s{stages}", **footprint(compiled, arch)._asdict()}
     if kernel.is_gluon():
         record |= {"tma": has_tma(compiled), "serialized": wgmma_serializations(compiled, arch)}

@@ -39,8 +39,8 @@ def test_every_rule_is_the_first_that_applies_somewhere(table, entry, rule):
 @pytest.mark.parametrize(("table", "entry", "rule"), RULES, ids=str)
 def test_tiles_are_what_a_kernel_can_be_launched_with(table, entry, rule):
     tile = rule.tile
-    assert all(map(power_of_two, (tile.block_m, tile.block_n, tile.num_warps)))
-    assert tile.block_m >= 16 and tile.block_n >= 16, "a matrix instruction's smallest extent"
+    assert all(map(power_of_two, (tile.block_m, tile.block_n, tile.num_warps, tile.dims)))
+    assert min(tile.block_m, tile.block_n, tile.dims) >= 16, "a matrix instruction's smallest extent"
     assert tile.block_m <= 256 and tile.block_n <= 256, "the launcher's bound on 32-bit offsets inside a tile"
     assert 1 <= tile.num_warps <= 16
     assert 0 <= tile.num_stages <= 5

@@ -16,6 +16,7 @@ from regard.kernels.scores import (
     head_base,
     key_span,
     load_rows,
+    product_in_parts,
     scaled_scores,
     sequence_bounds,
     softcap_slope,
@@ -140,15 +141,27 @@ def row_terms(
 
 
 @triton.jit
+def load_row_terms(row_lse_base, delta_base, query, query_exists, MASKED: tl.constexpr):
+    """Row terms (lse, delta) of some queries; of those that do not exist, what makes their weights 0."""
+    if MASKED:
+        row_lse = tl.load(row_lse_base + query, mask=query_exists, other=float("inf"))
+        delta = tl.load(delta_base + query, mask=query_exists, other=0.0)
+    else:
+        row_lse = tl.load(row_lse_base + query)
+        delta = tl.load(delta_base + query)
+    return row_lse, delta
+
+
+@triton.jit
 def attend_queries(
     dk, dv, k, v, start, stop, gap_start, gap,
-    head, first_key, shift, seqlen_q, seqlen_k,
-    q_base, grad_out_base, row_lse_base, delta_base, mask_base, bias_base, slope, seed,
-    q_strides, grad_out_strides, mask_strides, bias_strides,
+    head, first_key, key_exists, shift, seqlen_q, seqlen_k,
+    q_base, k_base, v_base, grad_out_base, row_lse_base, delta_base, mask_base, bias_base, slope, seed,
+    q_strides, k_strides, v_strides, grad_out_strides, mask_strides, bias_strides,
     softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """Stream the query blocks of [start, stop) past the key tile, on (keys, queries) tiles of scores.
 
@@ -165,17 +178,28 @@ def attend_queries(
 
         # Q and dO tiles: (BLOCK_M, BLOCK_D), (BLOCK_M, BLOCK_DV)
         q_tile = q_base + first_row * q_strides[1]
+        if max(BLOCK_D, BLOCK_DV) > DIMS:
+            # Before the products: LLVM would keep all their operands across the branches of masked loads.
+            row_lse, delta = load_row_terms(row_lse_base, delta_base, query, query_exists, MASKED)
         q = load_rows(q_tile, q_strides, query_exists, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED, WIDE)
-        qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if BLOCK_D > DIMS:
+            qk = product_in_parts(
+                k_base, k_strides, key_exists, q_tile, q_strides, query_exists, BLOCK_N, BLOCK_M,
+                HEAD_DIM, DIMS, MASKED, WIDE, PRECISION,
+            )  # fmt: skip
+        else:
+            qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         grad_tile = grad_out_base + first_row * grad_out_strides[1]
         grad_out = load_rows(grad_tile, grad_out_strides, query_exists, BLOCK_M, HEAD_DIM_V, BLOCK_DV, MASKED, WIDE)
-        grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-        if MASKED:
-            row_lse = tl.load(row_lse_base + query, mask=query_exists, other=float("inf"))
-            delta = tl.load(delta_base + query, mask=query_exists, other=0.0)
+        if BLOCK_DV > DIMS:
+            grad_weights = product_in_parts(
+                v_base, v_strides, key_exists, grad_tile, grad_out_strides, query_exists, BLOCK_N, BLOCK_M,
+                HEAD_DIM_V, DIMS, MASKED, WIDE, PRECISION,
+            )  # fmt: skip
         else:
-            row_lse = tl.load(row_lse_base + query)
-            delta = tl.load(delta_base + query)
+            grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        if max(BLOCK_D, BLOCK_DV) <= DIMS:
+            row_lse, delta = load_row_terms(row_lse_base, delta_base, query, query_exists, MASKED)
 
         mask_tile = None
         if mask_base is not None:
@@ -244,6 +268,7 @@ def backward_keys(
     RAGGED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    DIMS: tl.constexpr,
 ):
     """Of a block of keys, dK and dV, summed over the query heads that share it."""
     # Neighbouring programs share a head's queries; with a causal bound the first keys have the most of them.
@@ -315,12 +340,12 @@ def backward_keys(
                 full_start if part == 0 else start,
                 full_stop if part == 0 else stop,
                 full_start, gap,
-                sequence * heads_q + head, first_key, shift, length_q, length_k,
-                q_base, grad_out_base, row_lse_ptr + terms, delta_ptr + terms, mask_base, bias_base,
+                sequence * heads_q + head, first_key, key_exists, shift, length_q, length_k,
+                q_base, k_base, v_base, grad_out_base, row_lse_ptr + terms, delta_ptr + terms, mask_base, bias_base,
                 slope, seed,
-                q_strides, grad_out_strides, mask_strides, bias_strides,
+                q_strides, k_strides, v_strides, grad_out_strides, mask_strides, bias_strides,
                 softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
-                HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part == 1, RAW, WIDE, PRECISION,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part == 1, RAW, WIDE, PRECISION, DIMS,
             )  # fmt: skip
 
     dk = dk * softmax_scale
@@ -337,12 +362,12 @@ def backward_keys(
 def gather_keys(
     dq, q, grad_out, row_lse, delta, start, stop, gap_start, gap,
     query, query_exists, head, shift, seqlen_k,
-    k_base, v_base, mask_base, bias_base, slope, seed,
-    k_strides, v_strides, mask_strides, bias_strides,
+    q_base, k_base, v_base, grad_out_base, mask_base, bias_base, slope, seed,
+    q_strides, k_strides, v_strides, grad_out_strides, mask_strides, bias_strides,
     softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """Stream the key blocks of [start, stop) past the query tile.
 
@@ -358,9 +383,21 @@ def gather_keys(
         # K and V tiles: (BLOCK_N, BLOCK_D), (BLOCK_N, BLOCK_DV)
         k_tile, v_tile = k_base + first_row * k_strides[1], v_base + first_row * v_strides[1]
         k = load_rows(k_tile, k_strides, key_exists, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, WIDE)
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if BLOCK_D > DIMS:
+            qk = product_in_parts(
+                q_base, q_strides, query_exists, k_tile, k_strides, key_exists, BLOCK_M, BLOCK_N,
+                HEAD_DIM, DIMS, MASKED, WIDE, PRECISION,
+            )  # fmt: skip
+        else:
+            qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         v = load_rows(v_tile, v_strides, key_exists, BLOCK_N, HEAD_DIM_V, BLOCK_DV, MASKED, WIDE)
-        grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        if BLOCK_DV > DIMS:
+            grad_weights = product_in_parts(
+                grad_out_base, grad_out_strides, query_exists, v_tile, v_strides, key_exists, BLOCK_M, BLOCK_N,
+                HEAD_DIM_V, DIMS, MASKED, WIDE, PRECISION,
+            )  # fmt: skip
+        else:
+            grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
 
         mask_tile = None
         if mask_base is not None:
@@ -425,6 +462,7 @@ def backward_queries(
     RAGGED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    DIMS: tl.constexpr,
 ):
     """Of a block of queries, dQ."""
     # The order of the forward: with a causal bound the longest rows go first.
@@ -490,10 +528,10 @@ def backward_queries(
             full_stop if part == 0 else stop,
             full_start, gap,
             query, query_exists, sequence * heads_q + head, shift, length_k,
-            k_base, v_base, mask_ptr, bias_ptr, slope, seed,
-            k_strides, v_strides, mask_strides, bias_strides,
+            q_base, k_base, v_base, grad_out_base, mask_ptr, bias_ptr, slope, seed,
+            q_strides, k_strides, v_strides, grad_out_strides, mask_strides, bias_strides,
             softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part == 1, RAW, WIDE, PRECISION,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part == 1, RAW, WIDE, PRECISION, DIMS,
         )  # fmt: skip
 
     # dQ tile (BLOCK_M, BLOCK_D)

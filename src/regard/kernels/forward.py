@@ -14,6 +14,7 @@ from regard.kernels.scores import (
     band_visible,
     dropout_keep,
     key_span,
+    load_rows,
     load_tile,
     scaled_scores,
     sequence_bounds,
@@ -38,12 +39,12 @@ def online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr, RAW: t
 def attend_keys(
     acc, row_max, row_sum, q, start, stop, gap_start, gap,
     query, query_exists, head, shift, seqlen_k,
-    k_base, v_base, mask_base, bias_base, block_table_ptr, slope, seed,
-    k_strides, v_strides, mask_strides, bias_strides,
+    q_base, k_base, v_base, mask_base, bias_base, block_table_ptr, slope, seed,
+    q_strides, k_strides, v_strides, mask_strides, bias_strides,
     page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """Stream the key blocks of [start, stop) past the query tile.
 
@@ -51,9 +52,9 @@ def attend_keys(
     """
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
-    dim = tl.arange(0, BLOCK_D)
+    PART: tl.constexpr = min(BLOCK_D, DIMS)
+    dim = tl.arange(0, PART)
     dim_v = tl.arange(0, BLOCK_DV)
-    dim_exists = dim < HEAD_DIM
     dim_v_exists = dim_v < HEAD_DIM_V
     for position in tl.range(start, stop, BLOCK_N):
         first_key = position
@@ -72,10 +73,20 @@ def attend_keys(
             k_rows = page * k_strides[0] + (key % page_size).to(tl.int64) * k_strides[1]
             v_rows = page * v_strides[0] + (key % page_size).to(tl.int64) * v_strides[1]
 
-        # K tile, transposed: (BLOCK_D, BLOCK_N)
-        k_pointers = k_tile + (k_rows[None, :] + dim[:, None] * k_strides[3])
-        k = load_tile(k_pointers, key_exists[None, :], dim_exists[:, None], MASKED, HEAD_DIM == BLOCK_D)
-        qk = tl.dot(q, k, input_precision=PRECISION)
+        if BLOCK_D > DIMS:
+            tl.debug_barrier()  # as in `product_in_parts`
+        qk = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for first in tl.static_range(0, HEAD_DIM, DIMS):
+            part = q
+            if BLOCK_D > DIMS:
+                part = load_rows(
+                    q_base + first * q_strides[3], q_strides, query_exists, BLOCK_M, HEAD_DIM - first, DIMS, True, WIDE
+                )
+            # K tile, transposed: (BLOCK_D or DIMS, BLOCK_N)
+            k_pointers = k_tile + first * k_strides[3] + (k_rows[None, :] + dim[:, None] * k_strides[3])
+            dim_exists = first + dim < HEAD_DIM
+            k = load_tile(k_pointers, key_exists[None, :], dim_exists[:, None], MASKED, HEAD_DIM - first >= PART)
+            qk = tl.dot(part, k, qk, input_precision=PRECISION)
 
         bias = None
         if bias_base is not None:
@@ -157,6 +168,7 @@ def attention_forward(
     RAGGED: tl.constexpr,  # the last key blocks may be cut by the length or the band
     WIDE: tl.constexpr,  # some stride is too large for 32-bit offsets inside a tile
     PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32x3" or "tf32"
+    DIMS: tl.constexpr,  # head dims of Q K^T at once: Q with more is read part by part for every key tile
 ):
     # Neighbouring programs share a head's keys and values; with a causal bound the longest rows go first.
     blocks_m = tl.cdiv(seqlen_q, BLOCK_M)
@@ -235,10 +247,11 @@ def attention_forward(
             full_stop if part == 0 else stop,
             full_start, gap,
             query, query_exists, sequence * heads_q + head, shift, length_k,
-            k_base, v_base, mask_ptr, bias_ptr, block_table_ptr, slope, seed,
-            k_strides, v_strides, mask_strides, bias_strides,
+            q_base, k_base, v_base, mask_ptr, bias_ptr, block_table_ptr, slope, seed,
+            q_strides, k_strides, v_strides, mask_strides, bias_strides,
             page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
             HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part == 1, RAW, WIDE, PRECISION,
+            DIMS,
         )  # fmt: skip
 
     nothing_visible = row_sum == 0

@@ -62,7 +62,26 @@ def load_rows(
     """Load ROWS rows of EXTENT elements from ``base`` on as a (ROWS, BLOCK) tile; MASKED: some may not exist."""
     dim = tl.arange(0, BLOCK)[None, :]
     pointers = base + tile_offsets(tl.arange(0, ROWS)[:, None], dim, strides[1], strides[3], WIDE)
-    return load_tile(pointers, exists[:, None], dim < EXTENT, MASKED, EXTENT == BLOCK)
+    return load_tile(pointers, exists[:, None], dim < EXTENT, MASKED, EXTENT >= BLOCK)
+
+
+@triton.jit
+def product_in_parts(
+    a_base, a_strides, a_exists, b_base, b_strides, b_exists, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr,
+    EXTENT: tl.constexpr, DIMS: tl.constexpr, MASKED_B: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A B^T of two tiles (rows, EXTENT) in memory, DIMS of their head dims at a time.
+
+    For a tile A that a loop would hold in registers if there were enough. The barrier is what keeps compilers from
+    taking its loads out of that loop.
+    """
+    tl.debug_barrier()
+    product = tl.zeros([ROWS_A, ROWS_B], tl.float32)
+    for first in tl.static_range(0, EXTENT, DIMS):
+        a = load_rows(a_base + first * a_strides[3], a_strides, a_exists, ROWS_A, EXTENT - first, DIMS, True, WIDE)
+        b = load_rows(b_base + first * b_strides[3], b_strides, b_exists, ROWS_B, EXTENT - first, DIMS, MASKED_B, WIDE)
+        product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+    return product
 
 
 @triton.jit

@@ -28,12 +28,17 @@ _ALIASES = {
 
 
 class Tile(NamedTuple):
-    """A tile of BLOCK_M queries by BLOCK_N keys, the warps that work on it and the depth of its load pipeline."""
+    """A tile of BLOCK_M queries by BLOCK_N keys, the warps that work on it and the depth of its load pipeline.
+
+    dims: head dims of a product over the head dim that are multiplied at once. A tile with more of them is not held in
+    registers while others stream past it, but read again, part by part, for each.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    dims: int = 256
 
 
 class Rule(NamedTuple):
@@ -101,10 +106,11 @@ FORWARD: TileTable = {
     ("gfx950", 2, 128): _rules(128, 64, 4, 1),
     ("gfx950", 2, 256): _rules(128, 32, 8, 1),
     # WMMA: 16 query rows a warp, or several warps compute the same rows. Triton 3.9 transposes V in registers where the
-    # tile has 32 keys or more; else, and in 3.6, V is read from LDS two bytes at a time.
+    # tile has 32 keys or more; else, and in 3.6, V is read from LDS two bytes at a time. gfx11 keeps an operand twice,
+    # in both halves of a wave: 16 rows of Q with 256 head dims take half of the registers, hence the parts of it.
     ("gfx1100", 2, 64): _rules(128, 64, 8, 1),
-    ("gfx1100", 2, 128): _rules(128, 32, 8, 1),  # Triton 3.9 spills around the loops of causal calls, hardly inside
-    ("gfx1100", 2, 256): _rules(16, 16, 4, 1),
+    ("gfx1100", 2, 128): _rules(128, 64, 8, 1, 64),
+    ("gfx1100", 2, 256): _rules(128, 64, 8, 1, 32),
     ("gfx1201", 2, 64): _rules(128, 64, 8, 1),
     ("gfx1201", 2, 128): _rules(128, 64, 8, 1),
     ("gfx1201", 2, 256): (Rule(Tile(128, 32, 8, 1), min_triton=(3, 9)), Rule(Tile(128, 16, 8, 1))),
@@ -160,11 +166,11 @@ BACKWARD_KEYS: TileTable = {
     ("gfx950", 2, 128): _rules(32, 64, 4, 1),
     ("gfx950", 2, 256): _rules(16, 64, 8, 1),
     ("gfx1100", 2, 64): _rules(16, 64, 8, 1),
-    ("gfx1100", 2, 128): _rules(16, 32, 8, 1),
-    ("gfx1100", 2, 256): _rules(16, 64, 16, 1),
+    ("gfx1100", 2, 128): _rules(16, 64, 8, 1, 64),
+    ("gfx1100", 2, 256): _rules(16, 64, 16, 1, 64),
     ("gfx1201", 2, 64): _rules(32, 64, 8, 1),
     ("gfx1201", 2, 128): _rules(16, 64, 8, 1),
-    ("gfx1201", 2, 256): _rules(16, 64, 16, 1),
+    ("gfx1201", 2, 256): _rules(16, 64, 8, 1, 64),
 }
 BACKWARD_QUERIES: TileTable = {
     ("sm80", 2, 64): _rules(128, 64, 8, 2),
@@ -192,8 +198,8 @@ BACKWARD_QUERIES: TileTable = {
     ("gfx950", 2, 128): _rules(64, 32, 4, 1),
     ("gfx950", 2, 256): _rules(64, 16, 4, 1),
     ("gfx1100", 2, 64): _rules(64, 32, 8, 1),
-    ("gfx1100", 2, 128): _rules(32, 16, 4, 1),
-    ("gfx1100", 2, 256): _rules(64, 16, 16, 1),
+    ("gfx1100", 2, 128): _rules(128, 32, 8, 1, 64),
+    ("gfx1100", 2, 256): _rules(64, 32, 8, 1, 64),
     ("gfx1201", 2, 64): _rules(64, 64, 8, 1),
     ("gfx1201", 2, 128): _rules(64, 32, 8, 1),
     ("gfx1201", 2, 256): _rules(32, 16, 8, 1),
