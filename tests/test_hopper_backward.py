@@ -1,12 +1,13 @@
-"""What of the Hopper backward needs no GPU: the order in which key tiles add to dQ, and the gradient through softcap.
+"""What of the Hopper kernels needs no GPU: which blocks a tile visits, the weights of a tile and their gradient, and
+what the programs of a backward cover.
 
 The kernels' own functions run here, on plain numbers and torch tensors instead of Gluon's.
 """
 
+import dataclasses
 import itertools
 import math
-from collections import Counter
-from dataclasses import replace
+import sys
 from types import FunctionType, SimpleNamespace
 
 import pytest
@@ -14,21 +15,37 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
 from regard import AttentionConfig
 from regard.backends import hopper
-from regard.kernels import hopper_backward, hopper_turns
-
-BLOCK_N = hopper_backward.BLOCK_N.value
+from regard.backends.hopper import HopperBackend
+from regard.backends.launch import Launch
+from regard.bench.cross_compile import meta_inputs
+from regard.kernels import hopper_backward, hopper_forward, hopper_two_pass
 
 
 def plain(function, **names):
-    """A kernel's function as one of Python, where its globals mean this."""
-    return FunctionType(function.fn.__code__, {**function.fn.__globals__, **names})
+    """A kernel's function, and those it calls, as functions of Python, where their globals mean this."""
+    known = dict(function.fn.__globals__)
+    for name in set(function.fn.__code__.co_names) & set(known):
+        if isinstance(known[name], gluon._runtime.GluonJITFunction):
+            known[name] = plain(known[name], **names)
+        elif isinstance(known[name], gl.constexpr):
+            known[name] = known[name].value
+    return FunctionType(function.fn.__code__, {**known, **names}, argdefs=function.fn.__defaults__)
 
 
-INTEGERS = SimpleNamespace(maximum=max, minimum=min, cdiv=lambda a, b: -(-a // b))
-nth_program, turn_of = (plain(f, gl=INTEGERS) for f in (hopper_turns.nth_program, hopper_turns.turn_of))
+def cdiv(a, b):
+    return -(-a // b)
+
+
+# --- Which blocks a tile visits
+
+INTEGERS = SimpleNamespace(maximum=max, minimum=min, cdiv=cdiv)
 query_blocks = plain(hopper_backward.query_blocks, gl=INTEGERS)
+key_blocks = plain(hopper_forward.key_blocks, gl=INTEGERS)
 
 BANDS = {
     "full": (None, None),
@@ -38,119 +55,378 @@ BANDS = {
     "both sides": (70, 130),
     "left only": (100, None),
     "right only": (None, 100),
-    "behind": (300, -150),
-    "ahead": (-150, 300),
-    "unlimited": (2**31 - 2, 2**31 - 2),
 }
 LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 300, 700)
+TILES = [(64, 64), (128, 64), (64, 128), (128, 128)]
 
 
-def programs(sequences, tiles, heads_kv, section):
-    """(first key, sequence, head) of every ticket in turn; ``sequences``: how many."""
-    heads = sequences * heads_kv
-    for ticket in range(tiles * heads):
-        tile, head = nth_program(ticket, tiles, heads, section)
-        yield tile * BLOCK_N, head // heads_kv, head % heads_kv
+def right_reach(band):
+    return None if band[1] is None else band[1] + 1
 
 
-@pytest.mark.parametrize("block_m", [64, 128])
-@pytest.mark.parametrize("band", BANDS)
-def test_programs_of_smaller_numbers_are_all_that_a_turn_waits_for(band, block_m):
-    """Run one after the other in their order, programs find that each of their turns has come.
+def visible_pairs(band, length_q, length_k, rows, columns):
+    """(rows, columns) of queries and keys, from the definition of `AttentionConfig.band`; no key past the sequence."""
+    left, right = band
+    key, query = torch.arange(columns)[None, :], torch.arange(rows)[:, None]
+    ahead = key - query - (length_k - length_q)
+    visible = (key < length_k).expand(rows, columns).clone()
+    if left is not None:
+        visible &= ahead >= -left
+    if right is not None:
+        visible &= ahead <= right
+    return visible
 
-    So no turn is left out, none is given twice, and a device that holds a single program at a time does not hang.
+
+def check_blocks(blocks, seen, wholly_seen):
+    """``seen``, ``wholly_seen``: of every block of a tile, whether any pair and whether all of it is visible."""
+    low, full_low, full_high, high = blocks
+    assert 0 <= low <= full_low <= full_high <= high
+    if any(seen):
+        first, last = seen.index(True), len(seen) - 1 - seen[::-1].index(True)
+        assert (low, high) == (first, last + 1), "all that is visible, and no more"
+    assert all(wholly_seen[full_low:full_high])
+    inside = [block for block in range(low, high) if block < len(wholly_seen) and wholly_seen[block]]
+    assert inside == list(range(full_low, full_high)), "no block is masked for nothing"
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "x".join(map(str, tile)))
+@pytest.mark.parametrize("band", BANDS.values(), ids=BANDS)
+def test_query_blocks_of_a_key_tile(band, tile):
+    block_m, block_n = tile
+    for length_q, length_k in itertools.product(LENGTHS, LENGTHS):
+        # Queries past the sequence, whose lse is +inf, are taken for what the band says of their place.
+        rows, columns = cdiv(length_q, block_m) * block_m, cdiv(length_k, block_n) * block_n
+        visible = visible_pairs(band, length_q, length_k, rows, columns)
+        for first in range(0, length_k, block_n):
+            blocks_of_tile = visible[:, first : first + block_n].split(block_m)[: cdiv(length_q, block_m)]
+            seen = [bool(block[: length_q - m * block_m].any()) for m, block in enumerate(blocks_of_tile)]
+            wholly = [bool(block.all()) for block in blocks_of_tile]
+            blocks = query_blocks(first, length_q, length_k, band[0], right_reach(band), block_m, block_n)
+            check_blocks(blocks, seen, wholly)
+            assert any(seen) or blocks[0] == blocks[3], "nothing is visited where nothing is visible"
+        for first in (columns, columns + block_n):
+            low, *_, high = query_blocks(first, length_q, length_k, band[0], right_reach(band), block_m, block_n)
+            assert low == high, "a tile past the sequence"
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "x".join(map(str, tile)))
+@pytest.mark.parametrize("band", BANDS.values(), ids=BANDS)
+def test_key_blocks_of_a_query_tile(band, tile):
+    block_m, block_n = tile
+    for length_q, length_k in itertools.product(LENGTHS, LENGTHS):
+        visible = visible_pairs(band, length_q, length_k, length_q, cdiv(length_k, block_n) * block_n)
+        for first in range(0, length_q, block_m):
+            rows = visible[first : first + block_m]
+            last = first + len(rows) - 1
+            blocks = key_blocks(first, last, length_q, length_k, band[0], right_reach(band), block_n)
+            blocks_of_tile = rows.split(block_n, dim=1)[: cdiv(length_k, block_n)]
+            seen, wholly = ([bool(what(block)) for block in blocks_of_tile] for what in (torch.any, torch.all))
+            check_blocks(blocks, seen, wholly)
+            assert any(seen) or blocks[3] - blocks[0] == 1, "one block, so that every tile takes the same path"
+
+
+@pytest.mark.parametrize("warpgroups", [2, 3])
+@pytest.mark.parametrize("block_n", [64, 128])
+@pytest.mark.parametrize("band", BANDS.values(), ids=BANDS)
+def test_a_warpgroup_waits_for_the_blocks_that_are_loaded(band, block_n, warpgroups):
+    """Its own blocks, and those it lets pass before and after them, are those that its program loads: no more, for
+    which it would wait for ever. Its rows may all lie past the sequence."""
+    for length_q, length_k in itertools.product(LENGTHS[1:], LENGTHS):
+        bounds = length_q, length_k, band[0], right_reach(band), block_n
+        for first in range(0, length_q, warpgroups * 64):
+            low, _, _, high = key_blocks(first, min(first + warpgroups * 64, length_q) - 1, *bounds)
+            for mine in range(first, first + warpgroups * 64, 64):
+                my_low, _, _, my_high = key_blocks(mine, min(mine + 64, length_q) - 1, *bounds)
+                my_high = min(my_high, high)  # as in `attend_queries` and `query_gradient`
+                my_low = min(my_low, my_high - 1)
+                assert low <= my_low < my_high <= high
+
+
+# --- The weights of a tile, and their gradient
+
+TENSORS = SimpleNamespace(
+    where=torch.where, exp2=torch.exp2, abs=torch.abs, maximum=torch.maximum, float32=torch.float64
+)
+softmax_weights = plain(hopper_two_pass.softmax_weights, gl=TENSORS)
+softmax_gradient = plain(hopper_backward.softmax_gradient, gl=TENSORS)
+LOG2_E = math.log2(math.e)
+
+
+def tile_of_products(softcap, slope, dtype=torch.float64, keys=48, queries=40):
+    """A tile with hidden pairs and a query that sees nothing: what the kernels know of it, and what they should find.
+
+    Rows are keys. ``ds`` is the gradient of the raw products by autograd, ``row_lse`` in units of log2.
     """
-    left, right = BANDS[band]
-    reach = None if right is None else right + 1
-    lengths = list(itertools.product(LENGTHS, LENGTHS))
-    longest_k = max(LENGTHS)
-    turns, waits = Counter(), Counter()
-    for first_key, sequence, _ in programs(len(lengths), -(-longest_k // BLOCK_N), 1, section=7):
-        length_q, length_k = lengths[sequence]
-        low, _, _, high = query_blocks(first_key, length_q, length_k, left, reach, block_m, BLOCK_N)
-        for block in range(low, high):
-            turn = turn_of(first_key, block, length_q, length_k, reach, block_m, BLOCK_N)
-            assert turn == turns[sequence, block], (length_q, length_k, first_key, block)
-            turns[sequence, block] += 1
-            waits[turn] += 1
-    assert len(waits) > 1 or band == "ahead", "some blocks are seen by more than one tile"
-
-
-@pytest.mark.parametrize("section", [1, 2, 3, 5, 6, 100])
-def test_every_tile_of_every_head_is_some_program(section):
-    found = list(programs(sequences=2, tiles=4, heads_kv=3, section=min(section, 6)))
-    assert len(set(found)) == len(found) == 24
-    expected = itertools.product(range(0, 4 * BLOCK_N, BLOCK_N), range(2), range(3))
-    assert sorted(found) == sorted(expected)
-    width = min(section, 6)
-    assert {place[1:] for place in found[: 4 * width]} == {divmod(head, 3) for head in range(width)}, "a section"
-
-
-def test_nobody_waits_under_a_causal_mask():
-    """Programs that start together and do a block at a time find every turn come, but for the time to pass it on."""
-    length, block_m = 2048, 128
-    tiles = range(0, length, BLOCK_N)
-    done = Counter()
-    for time in range(length // block_m):
-        steps = []
-        for first_key in tiles:
-            low, _, _, high = query_blocks(first_key, length, length, None, 1, block_m, BLOCK_N)
-            if low + time < high:
-                steps.append((low + time, turn_of(first_key, low + time, length, length, 1, block_m, BLOCK_N)))
-        assert all(done[block] == turn for block, turn in steps)
-        done.update(block for block, _ in steps)
-
-
-def test_what_a_deterministic_launch_is_told():
-    config = AttentionConfig(batch=3, seqlen_q=1000, seqlen_k=700, heads_q=8, heads_kv=2, head_dim=64,
-                             dtype=torch.bfloat16, device="cuda", arch="sm90", deterministic=True)  # fmt: skip
-    sums = torch.empty(0)
-    told = hopper._turns(config, sums, 128)
-    assert told["turns_ptr"].dtype == torch.int32 and not told["turns_ptr"].any()
-    assert told["turns_ptr"].shape == (1 + 3 * 8 * 8,), "a ticket, and a semaphore for each head and block"
-    assert told["section"] == 6, "no more heads than there are"
-    sections = {
-        length: hopper._turns(replace(config, seqlen_q=length), sums, 128)["section"] for length in (4096, 2**16)
-    }
-    assert sections == {4096: 2**25 // (4096 * 4 * 512), 2**16: 1}, "what the queries of the heads take is in L2"
-    assert hopper._turns(replace(config, deterministic=False), sums, 128) == dict(turns_ptr=None, section=None)
-
-
-TENSORS = SimpleNamespace(where=torch.where, exp2=torch.exp2, abs=torch.abs, float32=torch.float32)
-
-
-@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0, 1e4])
-@pytest.mark.parametrize("sloped", [False, True])
-def test_softcap_gradient(softcap, sloped):
-    """P and dS of a tile against autograd, with hidden pairs and a row that sees nothing."""
     generator = torch.Generator().manual_seed(0)
-    keys, queries, dim, scale = 48, 40, 16, 0.25
-    q = torch.randn(queries, dim, generator=generator, dtype=torch.float64) * 6
-    k = torch.randn(keys, dim, generator=generator, dtype=torch.float64) * 6
+    scale, left, reach, length_q, length_k = 0.25, 20, 1, 41, 45
+    q = torch.randn(queries, 16, generator=generator, dtype=torch.float64) * 6
+    k = torch.randn(keys, 16, generator=generator, dtype=torch.float64) * 6
     dp = torch.randn(keys, queries, generator=generator, dtype=torch.float64)
-    key, query, shift, length_k, left, reach = torch.arange(keys), torch.arange(queries), 4, 45, 20, 1
-    slope = 0.1 if sloped else None
-
+    key, query = torch.arange(keys), torch.arange(queries)
     s = (k @ q.T).requires_grad_()
-    distance = query[None, :] + shift - key[:, None]
-    logits = softcap * torch.tanh(s * scale / softcap) - (slope or 0.0) * distance.abs()
-    seen = (key[:, None] < length_k) & (distance > -reach) & (distance <= left)
+    ahead = key[:, None] - (query[None, :] + length_k - length_q)
+    logits = s * scale if softcap is None else softcap * torch.tanh(s * scale / softcap)
+    logits = logits - (slope or 0.0) * ahead.abs().double()
+    seen = (key[:, None] < length_k) & (-left <= ahead) & (ahead < reach)
     seen[:, 7] = False
-    logits = torch.where(seen, logits, -1e4)
-    lse = logits.logsumexp(0)
+    logits = torch.where(seen, logits, -1e6)
     p = torch.where(seen, logits.softmax(0), 0.0)
-    delta = (p * dp).sum(0)
     (ds,) = torch.autograd.grad(p, s, dp)
+    p, lse = p.detach(), logits.detach().logsumexp(0)
+    call = SimpleNamespace(scale=scale, softcap=softcap, window_left=left, right_reach=reach, length_q=length_q,
+                           length_k=length_k, RAGGED=True)  # fmt: skip
+    row_lse = torch.where(seen.any(0), lse * LOG2_E, math.inf)
+    given = {"s": s.detach(), "row_lse": row_lse, "dp": dp, "delta": (p * dp).sum(0)}
+    given = {name: value.to(dtype) for name, value in given.items()}
+    return SimpleNamespace(key=key, query=query, call=call, slope=slope, seen=seen, p=p, ds=ds, **given)
 
-    p, delta, lse = p.detach(), delta.detach(), lse.detach()
-    row_lse = torch.where(seen.any(0), lse * math.log2(math.e), math.inf)
-    most = softcap * math.log2(math.e) - row_lse
-    names = dict(gl=TENSORS, LOG2_E=math.log2(math.e), inverse=lambda x: 1 / x, visible=plain(hopper_backward.visible))
-    found_p, found_ds = plain(hopper_backward.capped_softmax_gradient, **names)(
-        s.detach().float(), (dp - delta).float(), most.float(), key, query, shift, length_k, slope, scale, softcap,
-        left, reach, True,
-    )  # fmt: skip
+
+def two_pass_weights(tile, rows, block=0, full=(0, 0), **changes):
+    """P and what it is multiplied by, as (keys, queries), of either pass: its rows are keys or queries."""
+    call = SimpleNamespace(**{**vars(tile.call), **changes})
+    if rows == "keys":
+        key, query, lse, s = tile.key[:, None], tile.query[None, :], tile.row_lse[None, :], tile.s
+    else:
+        key, query, lse, s = tile.key[None, :], tile.query[:, None], tile.row_lse[:, None], tile.s.T
+    p, bend = softmax_weights(s, lse, key, query, call, tile.slope, block, *full)
+    bend = torch.as_tensor(bend, dtype=p.dtype).expand_as(p)
+    return (p, bend) if rows == "keys" else (p.T, bend.T)
+
+
+@pytest.mark.parametrize("rows", ["keys", "queries"])
+@pytest.mark.parametrize("softcap", [None, 0.5, 5.0, 50.0, 1e4])
+@pytest.mark.parametrize("slope", [None, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_weights_and_gradient_in_two_passes(rows, softcap, slope, dtype):
+    tile = tile_of_products(softcap, slope, dtype)
+    p, bend = two_pass_weights(tile, rows)
+    ds = tile.call.scale * bend * p * (tile.dp - tile.delta)
     # float32 rounds the logits to what it can tell apart near softcap.
-    assert (found_p - p).abs().max() < 1e-6 * max(1, softcap)
-    assert (found_ds * scale - ds).abs().max() < 1e-6 * max(1, softcap)
-    assert not found_p[~seen].any() and not found_ds[~seen].any()
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+    tolerance *= max(1, (softcap or 0) / 50)
+    assert p.dtype == dtype
+    assert (p - tile.p).abs().max() < tolerance and (ds - tile.ds).abs().max() < tolerance
+    assert not p[~tile.seen].any() and not ds[~tile.seen].any()
+    assert tile.ds.abs().max() > 0.005, "there is a gradient to find"
+
+
+@pytest.mark.parametrize("rows", ["keys", "queries"])
+def test_pairs_are_looked_at_where_some_may_be_hidden(rows):
+    tile = tile_of_products(None, None)
+    unmasked = torch.exp2(tile.s * (tile.call.scale * LOG2_E) - tile.row_lse)
+    for block, looked_at in ((2, True), (3, False), (4, False), (5, True)):
+        p, _ = two_pass_weights(tile, rows, block, (3, 5))
+        assert torch.allclose(p, tile.p if looked_at else unmasked, rtol=1e-10)
+    nowhere = dict(window_left=None, right_reach=None)
+    p, _ = two_pass_weights(tile, rows, **nowhere, RAGGED=False)
+    assert torch.allclose(p, unmasked, rtol=1e-10), "the whole tile is visible"
+    p, _ = two_pass_weights(tile, rows, **nowhere)
+    assert torch.allclose(p[:45], unmasked[:45], rtol=1e-10) and not p[45:].any(), "keys past the sequence"
+
+
+@pytest.mark.parametrize("slope", [None, 0.1])
+def test_weights_and_gradient_in_one_pass(slope):
+    tile = tile_of_products(None, slope)
+    call = tile.call
+    p, ds = softmax_gradient(
+        tile.s - tile.row_lse / (call.scale * LOG2_E), tile.dp - tile.delta, tile.key, tile.query,
+        call.length_k - call.length_q, call.length_k, slope, call.scale, call.window_left, call.right_reach, True,
+    )  # fmt: skip
+    assert (p - tile.p).abs().max() < 1e-11 and (call.scale * ds - tile.ds).abs().max() < 1e-11
+    assert not p[~tile.seen].any() and not ds[~tile.seen].any()
+
+
+# --- What the programs of a backward cover
+
+HEAD_DIMS = range(8, 257, 8)
+SHARED_LIMIT = 227 * 1024
+SCRATCH = 512
+"""Bytes of shared memory that the compiler takes beside what a kernel asks for, at most."""
+CONFIG = AttentionConfig(
+    batch=2, seqlen_q=300, seqlen_k=200, heads_q=6, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda",
+    arch="sm90", requires_grad=True,
+)  # fmt: skip
+
+
+def config(head_dim=64, head_dim_v=None, **options):
+    return dataclasses.replace(CONFIG, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, **options)
+
+
+def launches_of(config):
+    """The launches of a call's backward, by the name of their kernel."""
+    inputs = meta_inputs(config)
+    grad_out = inputs.q.new_empty((*inputs.q.shape[:-1], config.head_dim_v))
+    terms = inputs.q.new_empty(1, dtype=torch.float32)
+    if hopper._needs_two_passes(config):
+        launches = hopper.two_pass_launches(config, inputs, grad_out, terms, terms, inputs)
+    else:
+        launches = [hopper.backward_launch(config, inputs, grad_out, terms, terms, inputs.q.float(), *inputs[1:3])]
+    return {launch.kernel.fn.__name__: launch for launch in launches}
+
+
+class Memory:
+    """Shared memory, of which only the size is told."""
+
+    def index(self, _stage):
+        return self
+
+
+class Pointer:
+    """A place among numbers in global memory."""
+
+    def __init__(self, *numbers, place=0):
+        self.numbers, self.place = numbers, place
+
+    def __add__(self, offset):
+        return Pointer(*self.numbers, place=self.place + offset)
+
+    def load(self, mask=None):
+        return self.numbers[self.place]
+
+
+def start_program(launch, number, **pointers):
+    """What a program of a launch knows when its roles begin, by the names its kernel gives it, and how much shared
+    memory it asked for; None where it ends before."""
+    known = {}
+    asked = []
+
+    def allocate(itemsize, shape, _layout):
+        asked.append(itemsize * math.prod(shape))
+        return Memory()
+
+    def warp_specialize(*_roles):
+        known.update(sys._getframe(1).f_locals)
+
+    def nothing(*_values, **_options):
+        return None
+
+    language = SimpleNamespace(
+        **vars(INTEGERS), program_id=lambda _: number, load=Pointer.load,
+        allocate_shared_memory=allocate, warp_specialize=warp_specialize, static_range=range, int64=8, float32=4,
+        SwizzledSharedLayout=nothing, NVMMASharedLayout=SimpleNamespace(get_default_for=nothing),
+    )  # fmt: skip
+    barriers = SimpleNamespace(MBarrierLayout=nothing, init=nothing, invalidate=nothing)
+    rings = lambda tiles, full, empty, stages: SimpleNamespace(empty=empty, STAGES=stages)  # noqa: E731
+    start = plain(launch.kernel, gl=language, mbarrier=barriers, fence_async_shared=nothing, Ring=rings, Call=nothing,
+                  KeyPass=nothing, QueryPass=nothing)  # fmt: skip
+    arguments = {
+        name: SimpleNamespace(block_type=SimpleNamespace(shape=value.block_shape), dtype=value.base.element_size(),
+                              layout=None) if name.endswith("_desc") else value
+        for name, value in launch.arguments.items()
+    }  # fmt: skip
+    start(**{**arguments, **pointers})
+    return {**known, "shared": sum(asked)} if known else None
+
+
+ONE_PASS, KEYS, QUERIES = "attention_backward", "backward_keys", "backward_queries"
+TILE = {ONE_PASS: 128, KEYS: 64, QUERIES: 128}
+"""Rows of a program: keys, in the pass for dQ queries."""
+
+
+def tiles_of(launch, **pointers):
+    """(sequence, head, first row) of every program that does something, and its blocks low..high; in their order."""
+    found = []
+    for number in range(launch.programs):
+        known = start_program(launch, number, **pointers)
+        if known is not None:
+            first = known["first_key"] if "first_key" in known else known["first"]
+            head = known["head_k"] if "head_k" in known else known["head"]
+            found.append(((known["sequence"], head, first), known["high"] - known["low"], known))
+    return found
+
+
+CALLS = {
+    "one pass": config(),
+    "one pass causal": config(causal=True),
+    "deterministic": config(deterministic=True),
+    "softcap": config(head_dim=128, softcap=30.0, causal=True),
+    "wide": config(head_dim=256, window=(70, 130)),
+    "wide values": config(head_dim_v=136, causal=True),
+    "whole tiles": config(head_dim=256, seqlen_q=256, seqlen_k=256),
+    "one query": config(head_dim=192, head_dim_v=128, seqlen_q=1),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_row_has_one_program(call):
+    called = CALLS[call]
+    launches = launches_of(called)
+    assert set(launches) == ({ONE_PASS} if call.startswith("one pass") else {KEYS, QUERIES})
+    for name, launch in launches.items():
+        rows, heads = (called.seqlen_q, 6) if name == QUERIES else (called.seqlen_k, 2)
+        programs = tiles_of(launch)
+        expected = itertools.product(range(2), range(heads), range(0, rows, TILE[name]))
+        assert sorted(place for place, *_ in programs) == list(expected)
+        if called.causal:
+            blocks = [count for place, count, _ in programs if place[:2] == (0, 0)]
+            assert blocks == sorted(blocks, reverse=True) and blocks[0] > blocks[-1], "the longest programs first"
+
+
+@pytest.mark.parametrize("options", [{}, dict(deterministic=True)], ids=["one pass", "two passes"])
+def test_every_packed_row_has_one_program(options):
+    starts_q, starts_k = (0, 300, 300, 301, 500), (0, 130, 258, 258, 300)
+    called = config(batch=4, varlen=True, total_q=500, total_k=300, **options)
+    pointers = dict(cu_seqlens_q_ptr=Pointer(*starts_q), cu_seqlens_k_ptr=Pointer(*starts_k))
+    for name, launch in launches_of(called).items():
+        starts, heads = (starts_q, 6) if name == QUERIES else (starts_k, 2)
+        programs = tiles_of(launch, **pointers)
+        expected = [
+            (sequence, head, first) for sequence, head in itertools.product(range(4), range(heads))
+            for first in range(0, starts[sequence + 1] - starts[sequence], TILE[name])
+        ]  # fmt: skip
+        assert sorted(place for place, *_ in programs) == expected, "none for what no sequence holds"
+        for (sequence, *_), _, known in programs:
+            assert (known["start_q"], known["start_k"]) == (starts_q[sequence], starts_k[sequence])
+            assert known["length_q"] == starts_q[sequence + 1] - starts_q[sequence]
+
+
+@pytest.mark.parametrize("options", [{}, dict(deterministic=True)], ids=["one pass", "two passes"])
+def test_keys_past_kv_lens_are_not_read_but_get_their_zeros(options):
+    called = config(batch=3, kv_lens=True, **options)
+    lengths = (0, 70, 10**6)
+    for name, launch in launches_of(called).items():
+        programs = tiles_of(launch, kv_lens_ptr=Pointer(*lengths))
+        assert len(programs) == launch.programs, "every row of the gradients is written"
+        for (sequence, _, first), blocks, known in programs:
+            assert known["length_k"] == min(lengths[sequence], called.seqlen_k)
+            if name != QUERIES:
+                assert blocks == 0 if first >= known["length_k"] else blocks > 0
+
+
+@pytest.mark.parametrize(
+    "options, two",
+    [
+        ({}, False), (dict(head_dim=128), False), (dict(head_dim=128, alibi=True, window=(9, 9)), False),
+        (dict(head_dim=136), True), (dict(head_dim=64, head_dim_v=136), True), (dict(head_dim=256), True),
+        (dict(head_dim=128, deterministic=True), True), (dict(head_dim=128, softcap=0.5), True),
+    ],
+)  # fmt: skip
+def test_the_backward_launches_what_the_call_needs(options, two, monkeypatch):
+    """And every gradient is what one of the launches fills."""
+    called = config(**options)
+    inputs = meta_inputs(called)
+    ran = []
+    monkeypatch.setattr(Launch, "run", lambda launch, _device: ran.append(launch))
+    out = inputs.q.new_empty(inputs.out_shape)
+    lse = inputs.q.new_empty(inputs.lse_shape, dtype=torch.float32)
+    found = HopperBackend().backward(called, inputs, out, lse, out, None)
+    _row_terms, *passes = ran
+    assert [launch.kernel.fn.__name__ for launch in passes] == ([KEYS, QUERIES] if two else [ONE_PASS])
+    filled = {name: value for launch in passes for name, value in launch.arguments.items()}
+    assert filled["dk_desc"].base is filled["dk_ptr"] is found["k"]
+    assert filled["dv_desc"].base is filled["dv_ptr"] is found["v"]
+    if two:
+        assert filled["dq_desc"].base is filled["dq_ptr"] is found["q"]
+    else:
+        assert filled["dq_desc"].base.dtype == torch.float32 and filled["dq_desc"].base.shape == inputs.q.shape
+
+
+@pytest.mark.parametrize("options", [{}, dict(deterministic=True)], ids=["default", "deterministic"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_tiles_fit_in_shared_memory(head_dim, options):
+    for head_dim_v in HEAD_DIMS:
+        for name, launch in launches_of(config(head_dim, head_dim_v, **options)).items():
+            blocks = {key: value.block_shape for key, value in launch.arguments.items() if key.endswith("_desc")}
+            assert blocks["q_desc"][-1] == blocks["k_desc"][-1] >= head_dim
+            assert blocks["v_desc"][-1] == blocks["grad_out_desc"][-1] >= head_dim_v
+            assert start_program(launch, 0)["shared"] + SCRATCH <= SHARED_LIMIT, (name, head_dim_v)
