@@ -291,7 +291,7 @@ def _launch(kernel: Any, programs: int, arguments: Mapping[str, Any], tile: tuni
 
 
 def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool) -> tuning.Tile:
-    left, right = _bounded_band(config)
+    left, right = bounded_band(config)
     return tuning.select_tile(
         table,
         tuning.table_architecture(config.arch) or _INTERPRETER_ARCH,
@@ -306,7 +306,7 @@ def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool) -> tu
 
 def _score_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
     """What every kernel needs to compute scores: the tensors that shape them, sizes and semantics."""
-    left, right = _bounded_band(config)
+    left, right = bounded_band(config)
     tensors = dict(zip(_SCORE_TENSORS, _score_tensors(config, inputs), strict=True))
     slopes = tensors["alibi_ptr"]
     return dict(
@@ -360,7 +360,7 @@ def _tile_arguments(config: AttentionConfig, tile: tuning.Tile, cut: bool) -> di
         DIMS=tile.dims,
         BLOCK_D=tuning.padded_head_dim(config.head_dim),
         BLOCK_DV=tuning.padded_head_dim(config.head_dim_v),
-        RAGGED=cut or _bounded_band(config) != (None, None) or config.varlen or config.kv_lens,
+        RAGGED=cut or bounded_band(config) != (None, None) or config.varlen or config.kv_lens,
     )
 
 
@@ -374,8 +374,8 @@ def _backward_arguments(grad_out: Tensor, row_lse: Tensor, delta: Tensor) -> dic
     )
 
 
-def _bounded_band(config: AttentionConfig) -> tuple[int | None, int | None]:
-    """The band with sides that bound nothing dropped: they would cost masked blocks."""
+def bounded_band(config: AttentionConfig) -> tuple[int | None, int | None]:
+    """The band with sides that bound nothing dropped: they would cost masked blocks, or take 32-bit numbers too far."""
     left, right = config.band
     reach = config.seqlen_q + config.seqlen_k
     return (None if left is None or left >= reach else left), (None if right is None or right >= reach else right)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.flash import new_gradients, prepare_rows, sink_gradient, triton_reason
+from regard.backends.flash import bounded_band, new_gradients, prepare_rows, sink_gradient, triton_reason
 from regard.backends.launch import Launch, Repetition, appearance, launch_and_remember, new_results, on_device
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
@@ -100,7 +100,8 @@ class HopperBackend:
 
 def _needs_two_passes(config: AttentionConfig) -> bool:
     """Whether the backward takes dQ in a pass of its own: at wide heads that is faster; a repeatable sum needs it; and
-    the gradient of a softcap has no room in one pass."""
+    the gradient of a softcap has no room in one pass.
+    """
     return max(config.head_dim, config.head_dim_v) > _ONE_PASS_HEAD_DIM or config.deterministic or config.softcap > 0
 
 
@@ -141,7 +142,7 @@ def forward_launch(
     """
     from regard.kernels.hopper_forward import attention_forward
 
-    _, right = config.band
+    _, right = bounded_band(config)
     raw = config.softcap == 0 and not config.alibi
     tile = hopper_tuning.forward_tile(config.head_dim, config.head_dim_v, right is not None, config.seqlen_k, raw)
     group = config.heads_q // config.heads_kv
@@ -282,7 +283,7 @@ def two_pass_launches(
 
 def _shared_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
     """What both kernels are told of a call."""
-    left, right = config.band
+    left, right = bounded_band(config)
     return dict(
         **dict(zip(_SHARED_TENSORS, _shared_tensors(config, inputs), strict=True)),
         batch=config.batch,
