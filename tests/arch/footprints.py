@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,6 +39,11 @@ SHARED_LIMIT = {
 }  # fmt: skip
 """Bytes of shared memory (LDS) a workgroup may have: CUDA C++ Programming Guide, technical specifications per compute
 capability; AMD's ISA guides."""
+
+BARRIER_BYTES = 8
+BARRIER_SPACING = 32
+"""From one mbarrier to the next, at most: arrays of them start at multiples of 16, and 16 bytes of Triton's own may lie
+between. No tile is as small."""
 
 MATRIX_INSTRUCTIONS = {
     "sm80": {"mma"}, "sm89": {"mma"}, "sm90": {"wgmma"}, "sm100": {"tcgen05", "mma"}, "sm120": {"mma"},
@@ -95,6 +101,17 @@ def _hopper_backward(
     return launch.kernel, launch.arguments, launch.options
 
 
+def _hopper_two_pass(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[str, int]]]:
+    """Launch ``index`` of the Hopper backward in two passes."""
+
+    def launch(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
+        grad_out, lse = _outputs(config, inputs)
+        made = hopper.two_pass_launches(config, inputs, grad_out, lse, lse, inputs)[index]
+        return made.kernel, made.arguments, made.options
+
+    return launch
+
+
 KERNELS = {
     "forward": Kernel(tuning.FORWARD, _forward),
     "backward-keys": Kernel(tuning.BACKWARD_KEYS, _backward(0)),
@@ -102,6 +119,8 @@ KERNELS = {
     "backward-bias": Kernel({}, _backward(2)),
     "hopper-forward": Kernel({}, _hopper_forward),
     "hopper-backward": Kernel({}, _hopper_backward),
+    "hopper-backward-keys": Kernel({}, _hopper_two_pass(0)),
+    "hopper-backward-queries": Kernel({}, _hopper_two_pass(1)),
 }
 
 
@@ -137,6 +156,15 @@ HEAD_DIMS: dict[str, dict[str, Any]] = {
 _HOPPER_EVERYTHING: dict[str, Any] = dict(
     varlen=True, total_q=_ODD, total_k=_ODD, heads_kv=2, window=(128, 64), alibi=True, sinks=True
 )
+_HOPPER_TWO_PASSES: list[tuple[str, dict[str, Any]]] = [
+    ("d128 deterministic", dict(head_dim=128, causal=True, deterministic=True)),
+    ("d128 softcap", dict(head_dim=128, softcap=30.0)),
+    ("d192-dv128", dict(head_dim=192, head_dim_v=128, causal=True)),
+    ("d256 plain", dict(head_dim=256)),
+    ("d256 causal", dict(head_dim=256, causal=True)),
+    ("d128 everything", dict(head_dim=128, softcap=30.0, **_HOPPER_EVERYTHING)),
+    ("d256 everything", dict(head_dim=256, softcap=30.0, **_HOPPER_EVERYTHING)),
+]
 HOPPER_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "hopper-forward": [
         ("d64 plain", dict(head_dim=64)),
@@ -156,6 +184,8 @@ HOPPER_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("d128 causal", dict(head_dim=128, causal=True)),
         ("d128 everything", dict(head_dim=128, **_HOPPER_EVERYTHING)),
     ],
+    "hopper-backward-keys": _HOPPER_TWO_PASSES,
+    "hopper-backward-queries": _HOPPER_TWO_PASSES,
 }
 """Calls that between them compile every tile and every feature of the Gluon kernels."""
 
@@ -221,8 +251,9 @@ def _calls_by_tile(rules: tuple[tuning.Rule, ...]) -> dict[tuning.Tile, tuple[bo
 
 def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
     """Compile one case and return its record: the tile it runs with and its `Footprint`; of a Gluon kernel also whether
-    it copies with TMA, and what ptxas says of wgmma instructions that it made wait."""
+    it copies with TMA, what ptxas says of wgmma instructions that it made wait, and `stray_barriers`."""
     from regard.bench.cross_compile import (
+        barrier_offsets,
         compile_launch,
         footprint,
         has_tma,
@@ -240,7 +271,27 @@ def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
     record = {"tile": f"{block} w{compiled.metadata.num_warps} s{stages}", **footprint(compiled, arch)._asdict()}
     if kernel.is_gluon():
         record |= {"tma": has_tma(compiled), "serialized": wgmma_serializations(compiled, arch)}
+        record["stray_barriers"] = stray_barriers(barrier_offsets(compiled))
     return record
+
+
+def stray_barriers(offsets: Sequence[int]) -> list[int]:
+    """Barriers, from where all of them lie in ascending order, that share memory with something else.
+
+    Triton packs barriers side by side, 8 bytes each, beyond the tiles. One that nothing uses after its initialization
+    is free to be overlaid, by a tile or another barrier; but the hardware may still write it (PTX ISA, mbarrier.inval).
+    """
+    together = [[offsets[0]]]
+    stray = []
+    for before, offset in itertools.pairwise(offsets):
+        if offset - before < BARRIER_BYTES:
+            stray.append(offset)
+        elif offset - before <= BARRIER_SPACING:
+            together[-1].append(offset)
+        else:
+            together.append([offset])
+    together.remove(max(together, key=len))
+    return sorted([*stray, *itertools.chain(*together)])
 
 
 @contextlib.contextmanager
@@ -284,6 +335,10 @@ def faults(config: AttentionConfig, seen: Mapping[str, Any], recorded: Mapping[s
         found.append(f"float32 products use {seen['matrix']}, which rounds them to tf32 unasked")
     if not seen.get("tma", True):
         found.append("no TMA: found no cp.async.bulk.tensor in the PTX")
+    found += [
+        f"the mbarrier at byte {offset} of shared memory is not side by side with the others: a tile may share its memory"
+        for offset in seen.get("stray_barriers", ())
+    ]
     found += [f"ptxas on wgmma: {sentence}" for sentence in seen.get("serialized", ())]
     if recorded is None:
         return [*found, f"no record of this case (seen: {describe(seen)}); record it with footprints.py --write"]

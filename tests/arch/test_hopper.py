@@ -9,13 +9,21 @@ from types import SimpleNamespace
 import footprints
 import pytest
 
+from regard.backends import hopper
 from regard.backends.hopper import HopperBackend
-from regard.bench.cross_compile import has_tma, meta_inputs, source_of, wgmma_serializations
+from regard.bench.cross_compile import barrier_offsets, has_tma, meta_inputs, source_of, wgmma_serializations
 from regard.kernels import hopper_tuning
 
-FORWARD, BACKWARD = (footprints.cases(f"hopper-{direction}", "sm90") for direction in ("forward", "backward"))
+FORWARD, ONE_PASS, KEYS, QUERIES = (
+    footprints.cases(f"hopper-{kernel}", "sm90")
+    for kernel in ("forward", "backward", "backward-keys", "backward-queries")
+)
+BACKWARD = {**ONE_PASS, **KEYS, **QUERIES}
 CASES = {**FORWARD, **BACKWARD}
-GOOD = dict(tile="128x128 w12 s2", registers=168, shared=197000, spills=0, matrix="wgmma", tma=True, serialized=[])
+GOOD = dict(
+    tile="128x128 w12 s2", registers=168, shared=197000, spills=0, matrix="wgmma", tma=True, serialized=[],
+    stray_barriers=[],
+)  # fmt: skip
 
 
 def launch_of(name, config):
@@ -33,10 +41,13 @@ def source(name, **changes):
 def test_the_backend_serves_every_case(name):
     config = dataclasses.replace(CASES[name], requires_grad=name in BACKWARD)
     assert not HopperBackend().unsupported_reasons(config)
+    if name in BACKWARD:
+        assert hopper._needs_two_passes(config) == (name not in ONE_PASS), "it takes the kernels that are compiled"
 
 
 def test_no_other_architecture_has_cases():
-    assert not footprints.cases("hopper-forward", "sm100") and not footprints.cases("hopper-backward", "sm80")
+    for kernel in ("hopper-forward", "hopper-backward", "hopper-backward-keys", "hopper-backward-queries"):
+        assert not footprints.cases(kernel, "sm80") and not footprints.cases(kernel, "sm100")
 
 
 def test_every_tile_is_compiled():
@@ -46,16 +57,21 @@ def test_every_tile_is_compiled():
     tiles = [hopper_tuning.forward_tile(d, d, causal, length, raw) for d in (64, 128, 256) for causal in (False, True)
              for length in (512, 8192) for raw in (False, True)]  # fmt: skip
     assert {(tile.block_m, tile.block_n) for tile in tiles} <= compiled
-    sizes = {launch_of(name, config)[1]["BLOCK_M"] for name, config in BACKWARD.items()}
+    sizes = {launch_of(name, config)[1]["BLOCK_M"] for name, config in ONE_PASS.items()}
     assert sizes == {hopper_tuning.backward_block_m(d, d) for d in (64, 128)}
+    for cases in (KEYS, QUERIES):
+        compiled = {hopper_tuning.two_pass_tile(config.head_dim, config.head_dim_v) for config in cases.values()}
+        assert compiled == {hopper_tuning.two_pass_tile(d, d) for d in range(8, 257, 8)}
+        assert any(config.head_dim != config.head_dim_v for config in cases.values())
 
 
 def test_every_feature_is_compiled():
-    for cases in (FORWARD, BACKWARD):
+    for cases in (FORWARD, ONE_PASS, KEYS, QUERIES):
         features = {feature.split("=")[0] for config in cases.values() for feature in config.features()}
         assert features >= {"causal", "window", "alibi", "sinks", "varlen"}
         assert any(config.heads_kv < config.heads_q for config in cases.values())
-    assert any(config.softcap for config in FORWARD.values()), "its gradient is left to flash"
+        assert any(config.softcap for config in cases.values()) == (cases is not ONE_PASS)
+        assert any(config.deterministic for config in cases.values()) == (cases in (KEYS, QUERIES))
     assert {config.dtype.itemsize for config in CASES.values()} == {2}
     assert len({config.dtype for config in FORWARD.values()}) == 2
 
@@ -70,7 +86,8 @@ def test_descriptors_and_what_is_off_are_compiled_in():
     assert len(constants) == len(off) and attributes
 
 
-@pytest.mark.parametrize("name", ["hopper-forward d128 causal bf16", "hopper-backward d128 causal bf16"])
+@pytest.mark.parametrize("name", ["hopper-forward d128 causal bf16", "hopper-backward d128 causal bf16",
+                                  "hopper-backward-keys d256 causal bf16", "hopper-backward-queries d256 causal bf16"])  # fmt: skip
 def test_sizes_compile_nothing_anew(name):
     sizes = dict(batch=1, seqlen_q=1280, seqlen_k=1536, heads_q=1, heads_kv=1)
     assert source(name) == source(name, **sizes)
@@ -113,10 +130,49 @@ def test_tma_is_seen():
     assert not has_tma(compiled("cp.async.cg.shared.global [%r1], [%rd1], 16;"))
 
 
+BARRIERS = """
+	mov.b32 	%r30, global_smem;
+	add.s32 	%r7, %r30, 197040;
+	@%p1 mbarrier.init.shared::cta.b64 [%r7], 1;
+	add.s32 	%r9, %r7, 8;
+	@%p1 mbarrier.init.shared::cta.b64 [%r9], 2;
+	add.s32 	%r5, %r4, 16;
+	@%p1 mbarrier.init.shared.b64 [LAST], 1;
+"""
+"""As Triton writes them; ``%r5`` is no place in shared memory."""
+
+
+def test_where_barriers_lie_is_read():
+    for last, offset in (("%r30", 0), ("global_smem", 0), ("%r7", 197040)):
+        assert barrier_offsets(compiled(BARRIERS.replace("LAST", last))) == sorted([offset, 197040, 197048])
+    with pytest.raises(ValueError, match=r"a barrier at %r5, which is no constant place"):
+        barrier_offsets(compiled(BARRIERS.replace("LAST", "%r5")))
+    with pytest.raises(ValueError, match="the PTX has no mbarrier"):
+        barrier_offsets(compiled(PTX))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "stray"),
+    [
+        ([197040, 197048, 197056, 197072, 197096], []),
+        ([0, 197040, 197048, 197056], [0]),
+        ([0, 0, 197040, 197048, 197056], [0, 0]),
+        ([4096, 65536, 197040, 197048], [4096, 65536]),
+        ([197008 - 8, 197040, 197048], [197000]),
+        ([197040, 197048, 197048, 197056], [197048]),
+        ([197040, 197048, 197052, 197060], [197052]),
+        ([197040, 197048, 197112], [197112]),
+    ],
+)
+def test_barriers_apart_from_the_others_are_found(offsets, stray):
+    assert footprints.stray_barriers(offsets) == stray
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (dict(tma=False), "no TMA: found no cp.async.bulk.tensor in the PTX"),
+        (dict(stray_barriers=[1024]), "the mbarrier at byte 1024 of shared memory is not side by side with the others"),
         (dict(serialized=["C7510) Potential Performance Loss"]), "ptxas on wgmma: C7510) Potential Performance Loss"),
         (dict(shared=232449), "shared memory is 232449 bytes; sm90 has 232448"),
         (dict(matrix="mma"), "no matrix instruction: found mma, expected wgmma"),

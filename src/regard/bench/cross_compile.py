@@ -26,6 +26,8 @@ TYPE_NAMES = {
     torch.uint8: "u8",
 }  # fmt: skip
 
+_SHARED_ADDRESS = re.compile(r"(?:mov\.[bu]32|add\.s32)\s+(%r\d+), (global_smem|%r\d+)(?:, (\d+))?;")
+_BARRIER = re.compile(r"mbarrier\.init\.shared(?:::cta)?\.b64 \[([^\]]*)\]")
 _MATRIX_INSTRUCTION = re.compile(r"\b(?:v_(wmma|mfma)|(wgmma)\.mma_async|(tcgen05)\.mma|(mma)\.sync)")
 
 
@@ -119,6 +121,28 @@ def footprint(compiled: Any, arch: str) -> Footprint:
 def has_tma(compiled: Any) -> bool:
     """Whether an NVIDIA kernel copies tiles with TMA."""
     return "cp.async.bulk.tensor" in compiled.asm["ptx"]
+
+
+def barrier_offsets(compiled: Any) -> list[int]:
+    """Where in its shared memory an NVIDIA kernel has its mbarriers: the byte of each, in ascending order.
+
+    Raises:
+        ValueError: the PTX initializes no barrier, or one at an address that this function cannot follow.
+    """
+    known = {"global_smem": 0}
+    found = []
+    for line in compiled.asm["ptx"].splitlines():
+        if address := _SHARED_ADDRESS.search(line):
+            register, base, offset = address.groups()
+            if base in known:
+                known[register] = known[base] + int(offset or 0)
+        elif barrier := _BARRIER.search(line):
+            if barrier[1] not in known:
+                raise ValueError(f"the PTX has a barrier at {barrier[1]}, which is no constant place in shared memory")
+            found.append(known[barrier[1]])
+    if not found:
+        raise ValueError(f"the PTX has no {_BARRIER.pattern}")
+    return sorted(found)
 
 
 def wgmma_serializations(compiled: Any, arch: str) -> list[str]:
