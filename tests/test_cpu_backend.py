@@ -109,3 +109,17 @@ def test_backward_in_float64_with_everything():
     assert set(found) == {"q", "k", "v", "bias", "sinks"}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_plain_gradients_are_the_fused_kernels(causal):
+    """Grouped heads, an expanded output gradient, and no time lost: algorithm 2 in torch operations is never entered."""
+    q, k, v = (torch.randn(2, 70, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    results = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for deterministic in (False, True):
+            out = regard.attention(q, k, v, causal=causal, backend="cpu", deterministic=deterministic)
+            results.append(torch.autograd.grad(out.sum(), (q, k, v)))
+    torch.testing.assert_close(*results)
+    calls = [event.name for event in profile.events() if "flash_attention_for_cpu_backward" in event.name]
+    assert len(calls) == 1

@@ -3,7 +3,8 @@
 Forward: torch's fused CPU kernel, once for the whole call or once for a block of queries and the keys it can see, with
 what hides or shifts scores as a small additive mask. What the kernel cannot compute (softcap, dropout) goes through
 `_online_softmax`, FlashAttention-2's algorithm 1 in torch operations. Backward: its algorithm 2 (Dao 2023,
-"FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", section 3.1).
+"FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", section 3.1), or torch's where the
+forward was one call of its kernel.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from regard.registry import Gradients, Shortcut
 
 _INF = float("inf")
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu
+_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _SCORES_IN_FLIGHT = 2**20  # scores that a step in torch operations holds at once, over all heads
 _ADDITIVE_IN_FLIGHT = 2**22  # elements of the additive mask made for one call of the fused kernel
 _FUSED_ROWS = 256  # fewest rows for which the fused kernel works at full speed
@@ -86,6 +88,8 @@ class CpuBackend:
         grad_lse: Tensor | None,
     ) -> Gradients:
         assert lse is not None
+        if grad_lse is None and not config.deterministic and _one_kernel_call(config) is not None:
+            return _differentiate_fused(config, inputs, out, lse, grad_out)
         found = {
             name: torch.zeros(tensor.shape, dtype=_accumulator(inputs.q.dtype))
             for name in ("q", "k", "v", "bias", "sinks")
@@ -482,6 +486,16 @@ def _stack_group(tensor: Tensor, heads_kv: int) -> Tensor:
     """(B, Hq, m, n) as (B, Hk, Hq / Hk * m, n)."""
     batch, heads_q, rows, columns = tensor.shape
     return tensor.reshape(batch, heads_kv, heads_q // heads_kv * rows, columns)
+
+
+def _differentiate_fused(
+    config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor, grad_out: Tensor
+) -> Gradients:
+    """The fused kernel's own backward, of a call that is one call of its forward."""
+    tensors = (grad_out if grad_out.stride(3) == 1 else grad_out.contiguous(), *inputs[:3], out)
+    causal = config.causal and config.seqlen_q > 1
+    found = _kernel_backward(*(t.transpose(1, 2) for t in tensors), lse, 0.0, causal, scale=config.softmax_scale)
+    return {name: gradient.transpose(1, 2) for name, gradient in zip("qkv", found, strict=True)}
 
 
 def _differentiate(
