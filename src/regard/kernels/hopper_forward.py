@@ -311,23 +311,54 @@ def at_edge(block, full_low, full_high, LEFT: gl.constexpr):
 
 @gluon.jit
 def weigh_keys(
-    s, row_max, row_sum, column, first_key, stop, start, diagonal, edge, scale, softcap, slope,
-    MASKED: gl.constexpr, LEFT: gl.constexpr, RAW: gl.constexpr,
-):  # fmt: skip
+    s, row_max, row_sum, column, first_key, stop, start, diagonal, edge, call, slope, MASKED: gl.constexpr
+):
     """From raw products of a tile to softmax weights. ``start``, ``stop``: the keys each row sees; looked at where
     MASKED, in blocks at the ``edge`` of the band or of the sequence.
     """
-    factor = scale * LOG2_E
-    if not RAW:
+    factor = call.scale * LOG2_E
+    if call.softcap is not None or slope is not None:
         factor = 1.0
-        s = biased_scores(s, (diagonal - first_key)[:, None] - column[None, :], scale, softcap, slope)
+        s = biased_scores(s, (diagonal - first_key)[:, None] - column[None, :], call.scale, call.softcap, slope)
     if MASKED:
         if edge:
             visible = column[None, :] < (stop - first_key)[:, None]
-            if LEFT:
+            if call.window_left is not None:
                 visible = visible & (column[None, :] >= (start - first_key)[:, None])
             s = gl.where(visible, s, float("-inf"))
     return online_softmax(s, row_max, row_sum, factor)
+
+
+@gluon.jit
+def attend_block(
+    WARPGROUP: gl.constexpr, call, q, p, acc, decay, row_max, row_sum, column, first_key, stop, start, diagonal, slope,
+    step, edge, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Consumer: softmax weights of one key block, beside the product of the last block's weights ``p`` and values."""
+    WARPGROUPS: gl.constexpr = call.BLOCK_M // ROWS
+    s_layout: gl.constexpr = column.type.layout.parent
+    of_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    zeros = gl.zeros([ROWS, call.BLOCK_N], gl.float32, layout=s_layout)
+    call.keys.wait(step)
+    if call.TAKE_TURNS:
+        await_turn(call.turns, WARPGROUP, step)
+    s = warpgroup_mma(q, transposed(call.keys, step), zeros, use_acc=False, is_async=True)
+    call.values.wait(step - 1)
+    if call.RESCALE_EARLY:
+        acc = rescale(acc, gl.convert_layout(decay, of_rows))
+    acc = warpgroup_mma(p, matrix(call.values.tile(step - 1)), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    if call.TAKE_TURNS:
+        pass_turn(call.turns, WARPGROUP, WARPGROUPS)
+    call.keys.release(step)
+    weights, decay, row_max, row_sum = weigh_keys(
+        s, row_max, row_sum, column, first_key, stop, start, diagonal, edge, call, slope, MASKED
+    )
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    call.values.release(step - 1)
+    if not call.RESCALE_EARLY:
+        acc = rescale(acc, gl.convert_layout(decay, of_rows))
+    return weights, acc, decay, row_max, row_sum
 
 
 @gluon.jit
@@ -342,7 +373,6 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = call.keys.tiles.dtype
-    RAW: gl.constexpr = call.softcap is None and call.alibi_ptr is None
     LEFT: gl.constexpr = call.window_left is not None
     BAND: gl.constexpr = call.window_left is not None or call.right_reach is not None
 
@@ -402,8 +432,8 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
         call.keys.release(step)
         rest = my_high - 1
         weights, decay, row_max, row_sum = weigh_keys(
-            s, row_max, row_sum, column, rest * call.BLOCK_N, stop, start, diagonal, True,
-            call.scale, call.softcap, slope, BAND or call.RAGGED, LEFT, RAW,
+            s, row_max, row_sum, column, rest * call.BLOCK_N, stop, start, diagonal, True, call, slope,
+            BAND or call.RAGGED,
         )  # fmt: skip
         step += 1
         p = gl.convert_layout(weights.to(dtype), p_layout)
@@ -419,31 +449,15 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
                     rest -= 1
                     if not call.ONE_LOOP:
                         p = gl.convert_layout(weights.to(dtype), p_layout)
-                    call.keys.wait(step)
-                    if call.TAKE_TURNS:
-                        await_turn(call.turns, WARPGROUP, step)
-                    s = warpgroup_mma(q, transposed(call.keys, step), zeros, use_acc=False, is_async=True)
-                    call.values.wait(step - 1)
-                    if call.RESCALE_EARLY:
-                        acc = rescale(acc, gl.convert_layout(decay, row_o))
-                    acc = warpgroup_mma(p, matrix(call.values.tile(step - 1)), acc, is_async=True)
-                    s = warpgroup_mma_wait(1, deps=(s,))
-                    if call.TAKE_TURNS:
-                        pass_turn(call.turns, WARPGROUP, WARPGROUPS)
-                    call.keys.release(step)
                     edge = part != 1
                     if call.ONE_LOOP:
                         edge = at_edge(rest, full_low, full_high, LEFT)
-                    weights, decay, row_max, row_sum = weigh_keys(
-                        s, row_max, row_sum, column, rest * call.BLOCK_N, stop, start, diagonal, edge,
-                        call.scale, call.softcap, slope, BAND and (call.ONE_LOOP or part != 1), LEFT, RAW,
+                    weights, acc, decay, row_max, row_sum = attend_block(
+                        WARPGROUP, call, q, p, acc, decay, row_max, row_sum, column, rest * call.BLOCK_N, stop, start,
+                        diagonal, slope, step, edge, BAND and (call.ONE_LOOP or part != 1),
                     )  # fmt: skip
                     if call.ONE_LOOP:
                         p = gl.convert_layout(weights.to(dtype), p_layout)
-                    acc = warpgroup_mma_wait(0, deps=(acc,))
-                    call.values.release(step - 1)
-                    if not call.RESCALE_EARLY:
-                        acc = rescale(acc, gl.convert_layout(decay, row_o))
                     step += 1
         if not call.ONE_LOOP:
             p = gl.convert_layout(weights.to(dtype), p_layout)
