@@ -148,6 +148,14 @@ def test_automatic_dynamic_needs_two_graphs_at_most():
     assert counter.frame_count <= 2
 
 
+def test_automatic_selection_takes_symbolic_sizes():
+    """Every size a symbol: heads and head dims too."""
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    options = dict(mask=torch.rand(2, 1, 5, 9) < 0.8, bias=torch.randn(4, 5, 9), window=(3, 2), sinks=torch.randn(4))
+    q, k, v = torch.randn(2, 5, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 24)
+    torch.testing.assert_close(compiled(q, k, v, **options), attend(q, k, v, **options))
+
+
 def test_the_graph_keeps_the_backend_it_was_traced_with():
     graphs = []
 

@@ -44,7 +44,7 @@ class HopperBackend:
         head_dim = max(config.head_dim, config.head_dim_v)
         reasons += [
             Reason("head_dim", str(wrong), f"a multiple of 8, at most {MAX_HEAD_DIM}")
-            for wrong in sorted({config.head_dim, config.head_dim_v})
+            for wrong in sorted({int(config.head_dim), int(config.head_dim_v)})  # symbols have no hash
             if wrong > MAX_HEAD_DIM or wrong % 8
         ]
         if config.mask_shape is not None:
