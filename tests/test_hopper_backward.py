@@ -92,9 +92,7 @@ def check_blocks(blocks, seen, wholly_seen):
         first, last = seen.index(True), len(seen) - 1 - seen[::-1].index(True)
         assert (low, high) == (first, last + 1), "all that is visible, and no more"
         inside = [block for block in range(low, high) if wholly_seen[block]]
-        assert inside == list(range(full_low, full_high)), (
-            "no pair is shown that is hidden, no block masked for nothing"
-        )
+        assert inside == list(range(full_low, full_high)), "no hidden pair is shown, no block masked for nothing"
     else:
         assert full_low == full_high
 
@@ -313,19 +311,24 @@ def start_program(launch, number, **pointers):
         return None
 
     language = SimpleNamespace(
-        **vars(INTEGERS), program_id=lambda _: number, load=Pointer.load,
-        allocate_shared_memory=allocate, warp_specialize=warp_specialize, static_range=range, int64=8, float32=4,
-        SwizzledSharedLayout=nothing, NVMMASharedLayout=SimpleNamespace(get_default_for=nothing),
+        **vars(INTEGERS), program_id=lambda _: number, load=Pointer.load, allocate_shared_memory=allocate,
+        warp_specialize=warp_specialize, static_range=range, int64=8, float32=4, SwizzledSharedLayout=nothing,
+        NVMMASharedLayout=SimpleNamespace(get_default_for=nothing),
     )  # fmt: skip
     barriers = SimpleNamespace(MBarrierLayout=nothing, init=nothing, invalidate=nothing)
-    rings = lambda tiles, full, empty, stages: SimpleNamespace(empty=empty, STAGES=stages)  # noqa: E731
-    start = plain(launch.kernel, gl=language, mbarrier=barriers, fence_async_shared=nothing, Ring=rings, Call=nothing,
+
+    def ring(_tiles, _full, empty, stages):
+        return SimpleNamespace(empty=empty, STAGES=stages)
+
+    def described(descriptor):
+        block = SimpleNamespace(shape=descriptor.block_shape)
+        return SimpleNamespace(block_type=block, dtype=descriptor.base.element_size(), layout=None)
+
+    start = plain(launch.kernel, gl=language, mbarrier=barriers, fence_async_shared=nothing, Ring=ring, Call=nothing,
                   KeyPass=nothing, QueryPass=nothing)  # fmt: skip
     arguments = {
-        name: SimpleNamespace(block_type=SimpleNamespace(shape=value.block_shape), dtype=value.base.element_size(),
-                              layout=None) if name.endswith("_desc") else value
-        for name, value in launch.arguments.items()
-    }  # fmt: skip
+        name: described(value) if name.endswith("_desc") else value for name, value in launch.arguments.items()
+    }
     start(**{**arguments, **pointers})
     return {**known, "shared": sum(asked)} if known else None
 
@@ -336,7 +339,9 @@ TILE = {ONE_PASS: 128, KEYS: 64, QUERIES: 128}
 
 
 def tiles_of(launch, **pointers):
-    """(sequence, head, first row) of every program that does something, and its blocks low..high; in their order."""
+    """Of every program that does something, in their order: (sequence, head, first row), how many blocks it visits, and
+    all else it knows.
+    """
     found = []
     for number in range(launch.programs):
         known = start_program(launch, number, **pointers)
