@@ -32,6 +32,7 @@ from regard.kernels.hopper_pipeline import (
     reduce_out,
     sequence_bounds,
     stages_for,
+    store_rows,
     transposed,
 )
 
@@ -91,10 +92,8 @@ class Call:
 
 
 @gluon.jit
-def query_blocks(
-    first, length_q, length_k, window_left, right_reach, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
-):
-    """Query blocks [low, high) that see keys first..first+127, and those of them, [full_low, full_high), that see all.
+def query_blocks(first, length_q, length_k, window_left, right_reach, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Query blocks [low, high) that see a key tile, and those of them, [full_low, full_high), that see all of it.
 
     A tile with keys past the sequence has no full blocks: such a key's weight must come out as 0.
     """
@@ -305,21 +304,17 @@ def add_query_gradient(call, WARPGROUP: gl.constexpr, step, dq, head, first_row)
 @gluon.jit
 def store_gradient(desc, ptr, call, my_key: gl.constexpr, gradient, tiles, step, HEAD_DIM: gl.constexpr):
     """Write 64 rows of dK or dV: by TMA through the key tile's shared memory, or row by row in packed sequences."""
-    start = call.start_k + call.first_key + my_key
+    first = call.first_key + my_key
     if call.VARLEN:
-        layout: gl.constexpr = gradient.type.layout
-        row = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
-        dim = gl.arange(0, gradient.shape[1], layout=gl.SliceLayout(0, layout))
-        place = (start + row).to(gl.int64) * call.heads_kv + call.head_k
-        inside = (call.first_key + my_key + row < call.length_k)[:, None] & (dim < HEAD_DIM)[None, :]
-        gl.store(ptr + place[:, None] * HEAD_DIM + dim[None, :], gradient, mask=inside)
+        count = call.length_k - first
+        store_rows(ptr, call.start_k + first, count, call.heads_kv, call.head_k, gradient, HEAD_DIM)
     else:
         # Both warpgroups have read the tile for dQ once they have released the last step's scores.
         call.scores.acquire(step + 1)
         tile = tiles.index(0)
         matrix(tile).slice(my_key, KEYS, dim=0).store(gradient)
         fence_async_shared()
-        copy_out(desc, [call.plane, call.head_k, start, 0], tile.slice(my_key, KEYS, dim=2))
+        copy_out(desc, [call.plane, call.head_k, first, 0], tile.slice(my_key, KEYS, dim=2))
 
 
 @gluon.jit(do_not_specialize=SIZES)

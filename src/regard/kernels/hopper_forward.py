@@ -250,8 +250,8 @@ def biased_scores(s, distance, scale, softcap, slope):
 def online_softmax(s, row_max, row_sum, factor):
     """One step of the online softmax: weights, the old state's decay, and the new state (maximum in log2 units).
 
-    The maximum is a mere reference, which cancels in the end. It follows the scores only where they leave it far behind,
-    so that nearly always the decay is 1 (the conditional rescaling of FlashAttention-4).
+    The maximum is a mere reference, which cancels in the end. It follows the scores only where they leave it far
+    behind, so that nearly always the decay is 1 (the conditional rescaling of FlashAttention-4).
     """
     highest = gl.max(s, 1) * factor
     new_max = gl.where(highest > row_max + SLACK, highest, row_max)
@@ -310,9 +310,7 @@ def at_edge(block, full_low, full_high, LEFT: gl.constexpr):
 
 
 @gluon.jit
-def weigh_keys(
-    s, row_max, row_sum, column, first_key, stop, start, diagonal, edge, call, slope, MASKED: gl.constexpr
-):
+def weigh_keys(s, row_max, row_sum, column, first_key, stop, start, diagonal, edge, call, slope, MASKED: gl.constexpr):
     """From raw products of a tile to softmax weights. ``start``, ``stop``: the keys each row sees; looked at where
     MASKED, in blocks at the ``edge`` of the band or of the sequence.
     """
@@ -362,6 +360,44 @@ def attend_block(
 
 
 @gluon.jit
+def finish_tile(WARPGROUP: gl.constexpr, call, tile, step, p, acc, decay, row_max, row_sum, row):
+    """Consumer: the last block's product, and out and lse of 64 query rows. Returns the tile's first key block."""
+    VARLEN: gl.constexpr = call.cu_seqlens_q_ptr is not None
+    of_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    out_tile = call.out_tiles.index(WARPGROUP)
+    call.values.wait(step)
+    if call.RESCALE_EARLY:
+        acc = rescale(acc, gl.convert_layout(decay, of_rows))
+    acc = warpgroup_mma(p, matrix(call.values.tile(step)), acc, is_async=True)
+
+    _high, low, first, head, sequence, start_q, length_q, _length_k = read_record(call.records, tile)
+    call.records.release(tile)
+    first += WARPGROUP * (ROWS // call.PACK)
+    position = first + row // call.PACK
+    q_head = head * call.PACK + row % call.PACK
+    inverse, lse = finish_softmax(row_max, row_sum, call.sinks_ptr, q_head)
+    lse_row = (sequence * (call.heads * call.PACK) + q_head).to(gl.int64) * call.seqlen_q + position
+    if VARLEN:
+        lse_row = q_head.to(gl.int64) * call.total_q + start_q + position
+    gl.store(call.lse_ptr + lse_row, lse, mask=position < length_q)
+
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    call.values.release(step)
+    out = (acc * gl.convert_layout(inverse, of_rows)[:, None]).to(p.dtype)
+    if VARLEN:
+        store_packed_rows(call, out, head, start_q + first, length_q - first)
+    else:
+        tma.store_wait(0)
+        matrix(out_tile).store(out)
+        fence_async_shared()
+        copy_out(call.out_desc, [sequence, head, first, 0, 0], out_tile)
+    if call.SHARE_Q:
+        tma.store_wait(0)
+        call.queries.release(tile * (call.BLOCK_M // ROWS) + WARPGROUP)
+    return low
+
+
+@gluon.jit
 def attend_queries(WARPGROUP: gl.constexpr, call):
     """Consumer: softmax and both products of 64 query rows, tile after tile."""
     WARPGROUPS: gl.constexpr = call.BLOCK_M // ROWS
@@ -371,7 +407,6 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = call.keys.tiles.dtype
     LEFT: gl.constexpr = call.window_left is not None
     BAND: gl.constexpr = call.window_left is not None or call.right_reach is not None
@@ -379,12 +414,11 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
     column = gl.arange(0, call.BLOCK_N, layout=gl.SliceLayout(0, s_layout))
     zeros = gl.zeros([ROWS, call.BLOCK_N], gl.float32, layout=s_layout)
-    out_tile = call.out_tiles.index(WARPGROUP)
 
     tile = 0
     step = 0
     call.records.wait(tile)
-    high, low, first, head, sequence, start_q, length_q, length_k = read_record(call.records, tile)
+    high, low, first, head, sequence, _start_q, length_q, length_k = read_record(call.records, tile)
     while high > 0:
         first += WARPGROUP * (ROWS // call.PACK)
         position = first + row // call.PACK
@@ -463,40 +497,12 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
             p = gl.convert_layout(weights.to(dtype), p_layout)
         if not call.SHARE_Q:
             call.queries.release(tile * WARPGROUPS + WARPGROUP)
-        call.values.wait(step - 1)
-        if call.RESCALE_EARLY:
-            acc = rescale(acc, gl.convert_layout(decay, row_o))
-        acc = warpgroup_mma(p, matrix(call.values.tile(step - 1)), acc, is_async=True)
-
-        high, low, first, head, sequence, start_q, length_q, length_k = read_record(call.records, tile)
-        call.records.release(tile)
-        first += WARPGROUP * (ROWS // call.PACK)
-        position = first + row // call.PACK
-        q_head = head * call.PACK + row % call.PACK
-        inverse, lse = finish_softmax(row_max, row_sum, call.sinks_ptr, q_head)
-        lse_row = (sequence * (call.heads * call.PACK) + q_head).to(gl.int64) * call.seqlen_q + position
-        if VARLEN:
-            lse_row = q_head.to(gl.int64) * call.total_q + start_q + position
-        gl.store(call.lse_ptr + lse_row, lse, mask=position < length_q)
-
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        call.values.release(step - 1)
-        out = (acc * gl.convert_layout(inverse, row_o)[:, None]).to(dtype)
-        if VARLEN:
-            store_packed_rows(call, out, head, start_q + first, length_q - first)
-        else:
-            tma.store_wait(0)
-            matrix(out_tile).store(out)
-            fence_async_shared()
-            copy_out(call.out_desc, [sequence, head, first, 0, 0], out_tile)
-        if call.SHARE_Q:
-            tma.store_wait(0)
-            call.queries.release(tile * WARPGROUPS + WARPGROUP)
+        low = finish_tile(WARPGROUP, call, tile, step - 1, p, acc, decay, row_max, row_sum, row)
         if LEFT:
             step = skip_blocks(call, step, my_low - low, WARPGROUP)
         tile += 1
         call.records.wait(tile)
-        high, low, first, head, sequence, start_q, length_q, length_k = read_record(call.records, tile)
+        high, low, first, head, sequence, _start_q, length_q, length_k = read_record(call.records, tile)
     tma.store_wait(0)
 
 

@@ -143,6 +143,16 @@ def sequence_bounds(cu_seqlens_ptr, sequence, longest, total, exists):
 
 
 @gluon.jit
+def store_rows(ptr, start, count, heads, head, values, HEAD_DIM: gl.constexpr):
+    """Write the rows of a packed tile that exist: TMA would write past the end of the sequence, into the next one."""
+    row = gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, values.type.layout))
+    dim = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
+    place = ((start + row).to(gl.int64) * heads + head) * HEAD_DIM
+    inside = (row < count)[:, None] & (dim < HEAD_DIM)[None, :]
+    gl.store(ptr + place[:, None] + dim[None, :], values, mask=inside)
+
+
+@gluon.jit
 def clear_rows(rows, valid):
     """Zero a tile's rows past the sequence: their weights are 0, but 0 times what lies there may be NaN."""
     CHUNK: gl.constexpr = 16

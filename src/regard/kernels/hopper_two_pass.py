@@ -35,6 +35,7 @@ from regard.kernels.hopper_pipeline import (
     record,
     sequence_bounds,
     stages_for,
+    store_rows,
     transposed,
 )
 
@@ -271,18 +272,6 @@ def store_tile(desc, ptr, call, gradient, tile, met, HEAD_DIM: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(ptr, start, count, heads, head, gradient, HEAD_DIM: gl.constexpr):
-    """Write the rows of a tile that exist: TMA would write past the end of the sequence, into the next one."""
-    layout: gl.constexpr = gradient.type.layout
-    row = gl.arange(0, gradient.shape[0], layout=gl.SliceLayout(1, layout))
-    dim = gl.arange(0, gradient.shape[1], layout=gl.SliceLayout(0, layout))
-    place = (start + row).to(gl.int64) * heads + head
-    gl.store(
-        ptr + place[:, None] * HEAD_DIM + dim[None, :], gradient, mask=(row < count)[:, None] & (dim < HEAD_DIM)[None, :]
-    )
-
-
-@gluon.jit
 def load_keys(call, tensors):
     """Producer of pass two: the queries and output gradients of the tile, then every block of keys that they see."""
     NBYTES: gl.constexpr = tensors.q_desc.block_type.nbytes + tensors.grad_out_desc.block_type.nbytes
@@ -360,7 +349,9 @@ def query_gradient(WARPGROUP: gl.constexpr, call, tensors):
     skip_keys(tensors, call.high - my_low, my_low - call.low)
     dq = (dq * call.scale).to(dtype)
     if call.VARLEN:
-        store_rows(tensors.dq_ptr, call.start_q + first, call.length_q - first, call.heads, call.head, dq, call.HEAD_DIM)
+        store_rows(
+            tensors.dq_ptr, call.start_q + first, call.length_q - first, call.heads, call.head, dq, call.HEAD_DIM
+        )
     else:
         matrix(tensors.q_tiles.index(WARPGROUP)).store(dq)
         fence_async_shared()
