@@ -59,7 +59,10 @@ def forward_tile(head_dim: int, head_dim_v: int, causal: bool, seqlen_k: int, ra
     if entry == 64 and (not raw or (causal and seqlen_k <= _SHORT)):
         return _TWO_WARPGROUPS_64
     tile = FORWARD[entry]
-    return tile._replace(share_q=tile.share_q and padded_head_dim(head_dim) == padded_head_dim(head_dim_v))
+    return tile._replace(
+        share_q=tile.share_q and padded_head_dim(head_dim) == padded_head_dim(head_dim_v),
+        rescale_early=tile.rescale_early and (entry != 128 or causal or seqlen_k > _SHORT),
+    )
 
 
 def backward_block_m(head_dim: int, head_dim_v: int) -> int:
