@@ -97,9 +97,7 @@ def tile_of(arguments: Mapping[str, Any], options: Mapping[str, int]) -> tuple[s
     sizes = [arguments.get(name) for name in ("BLOCK_M", "BLOCK_N")]
     stages = [options.get("num_stages"), arguments.get("KEY_STAGES"), arguments.get("STAGES")]
     if "k_desc" in arguments:  # the Hopper backward has these as constants, and two stages where it names none
-        sizes = [
-            size or arguments[name].block_shape[2] for size, name in zip(sizes, ("q_desc", "k_desc"), strict=True)
-        ]
+        sizes = [size or arguments[name].block_shape[2] for size, name in zip(sizes, ("q_desc", "k_desc"), strict=True)]
         stages.append(2)
     return "x".join(str(size) for size in sizes if size), next(stage for stage in stages if stage is not None)
 
