@@ -76,14 +76,23 @@ def test_reasons_add_up():
     assert codes == ["arch", "dtype", "head_dim", "head_dim", "dropout", "backward"]
 
 
-def test_triton_must_be_installed(monkeypatch):
+BACKENDS = pytest.mark.parametrize("backend", [HopperBackend(), FlashBackend()], ids=lambda backend: backend.name)
+
+
+@BACKENDS
+def test_triton_must_be_installed_beside_the_gpu(backend, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (reason,) = HopperBackend().unsupported_reasons(CONFIG)
+    assert backend.unsupported_reasons(CONFIG) == [], "no GPU here: the question is about another machine"
+    (reason,) = backend.unsupported_reasons(config(device="cpu", arch="cpu"))
+    assert reason.code == "device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (reason,) = backend.unsupported_reasons(CONFIG)
     assert str(reason).startswith("not_installed: got no triton, needs triton >= 3.6")
 
 
-@pytest.mark.parametrize("backend", [HopperBackend(), FlashBackend()], ids=lambda backend: backend.name)
+@BACKENDS
 def test_triton_must_be_new_enough(backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(flash, "_installed_triton", lambda: "3.5.1")
     (reason,) = backend.unsupported_reasons(CONFIG)
     assert str(reason).startswith("not_installed: got triton 3.5.1, needs triton >= 3.6")

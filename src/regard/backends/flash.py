@@ -37,11 +37,10 @@ class FlashBackend:
 
     def unsupported_reasons(self, config: AttentionConfig) -> Sequence[Reason]:
         reasons = []
-        missing = triton_reason()
-        if missing is not None:
-            reasons.append(missing)
-        elif config.device != "cuda" and not (config.device == "cpu" and _interpreting()):
+        if config.device != "cuda" and not (config.device == "cpu" and _interpreting()):
             reasons.append(Reason("device", config.device, "cuda (NVIDIA or ROCm)"))
+        elif (missing := triton_reason()) is not None:
+            reasons.append(missing)
         elif config.device == "cuda" and tuning.table_architecture(config.arch) is None:
             known = ", ".join(tuning.ARCHITECTURES)
             reasons.append(Reason("arch", config.arch, f"one of {known}"))
@@ -426,7 +425,12 @@ def _product_precision(config: AttentionConfig) -> str:
 
 
 def triton_reason() -> Reason | None:
-    """What the kernels miss of Triton, found without importing it."""
+    """What the kernels miss of Triton, found without importing it.
+
+    Nothing where there is no GPU: then the question is about another machine, whose build of torch brings Triton.
+    """
+    if not torch.cuda.is_available():
+        return None
     if importlib.util.find_spec("triton") is None:
         return Reason("not_installed", "no triton", "triton >= 3.6", "CUDA and ROCm builds of torch bring it")
     installed = _installed_triton()
@@ -453,6 +457,8 @@ def triton_version() -> tuple[int, int]:
 
 
 def _interpreting() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
     import triton
 
     return bool(triton.knobs.runtime.interpret)

@@ -31,12 +31,13 @@ class HopperBackend:
     name = "hopper"
 
     def unsupported_reasons(self, config: AttentionConfig) -> Sequence[Reason]:
-        missing = triton_reason()
-        reasons = [] if missing is None else [missing]
+        reasons = []
         if config.device != "cuda":
             reasons.append(Reason("device", config.device, "cuda"))
         elif config.arch != "sm90":
             reasons.append(Reason("arch", config.arch, "sm90"))
+        elif (missing := triton_reason()) is not None:
+            reasons.append(missing)
         if config.dtype == torch.float64:
             reasons.append(Reason("dtype_float64", "float64", "float16 or bfloat16", "reference computes in float64"))
         elif config.dtype not in (torch.float16, torch.bfloat16):
