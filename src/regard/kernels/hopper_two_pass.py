@@ -249,6 +249,7 @@ def key_gradient(call, tensors):
         weights = tensors.weights.tile(step).load(s_layout).to(gl.float32)
         tensors.weights.release(step)
         ds = gl.convert_layout((weights * (dp - delta[None, :])).to(dtype), ds_layout)
+        # The weights were made from these queries, which need no wait of their own.
         dk = warpgroup_mma(ds, matrix(tensors.queries.tile(step)), dk, is_async=True)
         dk = warpgroup_mma_wait(0, deps=(dk,))
         tensors.queries.release(step)
