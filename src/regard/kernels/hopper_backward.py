@@ -28,9 +28,9 @@ from regard.kernels.hopper_pipeline import (
     make_ring,
     matrix,
     optional,
+    place_of,
     record,
     reduce_out,
-    sequence_bounds,
     stages_for,
     store_rows,
     transposed,
@@ -359,21 +359,12 @@ def attention_backward(
     first_key = program % blocks_n * BLOCK_N
     head_k = program // blocks_n % heads_kv
     sequence = program // blocks_n // heads_kv
-    start_q = 0 * program
-    start_k = 0 * program
-    length_q = seqlen_q + start_q
-    length_k = seqlen_k + start_k
-    plane = sequence
-    rows = seqlen_q
+    start_q, length_q, start_k, length_k, plane, rows = place_of(
+        sequence, cu_seqlens_q_ptr, cu_seqlens_k_ptr, kv_lens_ptr, seqlen_q, seqlen_k, total_q, total_k
+    )
     if VARLEN:
-        start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, sequence, seqlen_q, total_q, None)
-        start_k, length_k = sequence_bounds(cu_seqlens_k_ptr, sequence, seqlen_k, total_k, None)
-        plane = 0 * program
-        rows = total_q
         if first_key >= length_k:
             return
-    if kv_lens_ptr is not None:
-        length_k = gl.minimum(gl.maximum(gl.load(kv_lens_ptr + sequence), 0), seqlen_k)
     low, full_low, full_high, high = query_blocks(
         first_key, length_q, length_k, window_left, right_reach, BLOCK_M, BLOCK_N
     )

@@ -143,6 +143,27 @@ def sequence_bounds(cu_seqlens_ptr, sequence, longest, total, exists):
 
 
 @gluon.jit
+def place_of(sequence, cu_seqlens_q_ptr, cu_seqlens_k_ptr, kv_lens_ptr, seqlen_q, seqlen_k, total_q, total_k):
+    """Of a sequence: its first packed query and how many there are, the same of its keys, its index in the batch for
+    TMA, and the rows that a head has in lse.
+    """
+    start_q = 0 * sequence
+    start_k = 0 * sequence
+    length_q = seqlen_q + start_q
+    length_k = seqlen_k + start_k
+    plane = sequence
+    rows = seqlen_q
+    if cu_seqlens_q_ptr is not None:
+        start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, sequence, seqlen_q, total_q, None)
+        start_k, length_k = sequence_bounds(cu_seqlens_k_ptr, sequence, seqlen_k, total_k, None)
+        plane = 0 * sequence
+        rows = total_q
+    if kv_lens_ptr is not None:
+        length_k = gl.minimum(gl.maximum(gl.load(kv_lens_ptr + sequence), 0), seqlen_k)
+    return start_q, length_q, start_k, length_k, plane, rows
+
+
+@gluon.jit
 def store_rows(ptr, start, count, heads, head, values, HEAD_DIM: gl.constexpr):
     """Write the rows of a packed tile that exist: TMA would write past the end of the sequence, into the next one."""
     row = gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, values.type.layout))

@@ -32,8 +32,8 @@ from regard.kernels.hopper_pipeline import (
     make_ring,
     matrix,
     optional,
+    place_of,
     record,
-    sequence_bounds,
     stages_for,
     store_rows,
     transposed,
@@ -411,21 +411,12 @@ def backward_keys(
     first = program % blocks_n * ROWS
     head = program // blocks_n % heads_kv
     sequence = program // blocks_n // heads_kv
-    start_q = 0 * program
-    start_k = 0 * program
-    length_q = seqlen_q + start_q
-    length_k = seqlen_k + start_k
-    plane = sequence
-    rows = seqlen_q
+    start_q, length_q, start_k, length_k, plane, rows = place_of(
+        sequence, cu_seqlens_q_ptr, cu_seqlens_k_ptr, kv_lens_ptr, seqlen_q, seqlen_k, total_q, total_k
+    )
     if VARLEN:
-        start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, sequence, seqlen_q, total_q, None)
-        start_k, length_k = sequence_bounds(cu_seqlens_k_ptr, sequence, seqlen_k, total_k, None)
-        plane = 0 * program
-        rows = total_q
         if first >= length_k:
             return
-    if kv_lens_ptr is not None:
-        length_k = gl.minimum(gl.maximum(gl.load(kv_lens_ptr + sequence), 0), seqlen_k)
     low, full_low, full_high, high = query_blocks(first, length_q, length_k, window_left, right_reach, BLOCK_M, ROWS)
 
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -497,21 +488,12 @@ def backward_queries(
     first *= 2 * ROWS
     head = program // blocks_m % heads
     sequence = program // blocks_m // heads
-    start_q = 0 * program
-    start_k = 0 * program
-    length_q = seqlen_q + start_q
-    length_k = seqlen_k + start_k
-    plane = sequence
-    rows = seqlen_q
+    start_q, length_q, start_k, length_k, plane, rows = place_of(
+        sequence, cu_seqlens_q_ptr, cu_seqlens_k_ptr, kv_lens_ptr, seqlen_q, seqlen_k, total_q, total_k
+    )
     if VARLEN:
-        start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, sequence, seqlen_q, total_q, None)
-        start_k, length_k = sequence_bounds(cu_seqlens_k_ptr, sequence, seqlen_k, total_k, None)
-        plane = 0 * program
-        rows = total_q
         if first >= length_q:
             return
-    if kv_lens_ptr is not None:
-        length_k = gl.minimum(gl.maximum(gl.load(kv_lens_ptr + sequence), 0), seqlen_k)
     last = gl.minimum(first + 2 * ROWS, length_q) - 1
     low, full_low, full_high, high = key_blocks(first, last, length_q, length_k, window_left, right_reach, ROWS)
 
