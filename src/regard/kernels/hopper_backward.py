@@ -35,8 +35,8 @@ from regard.kernels.hopper_pipeline import (
     store_rows,
     transposed,
 )
+from regard.kernels.hopper_softmax import LOG2_E
 
-LOG2_E = gl.constexpr(1.4426950408889634)
 KEYS = gl.constexpr(64)  # of a warpgroup
 BLOCK_N = gl.constexpr(128)  # of a program: two warpgroups
 
@@ -159,6 +159,17 @@ def spread(of_query, zeros):
 
 
 @gluon.jit
+def visible_pairs(key, distance, length_k, window_left, right_reach):
+    """Which pairs of a tile lie in the band and the sequence; ``key`` lies along the tile's rows or columns."""
+    visible = key < length_k
+    if right_reach is not None:
+        visible = visible & (distance > -right_reach)
+    if window_left is not None:
+        visible = visible & (distance <= window_left)
+    return visible
+
+
+@gluon.jit
 def softmax_gradient(s, dp, key, query, shift, length_k, slope, scale, window_left, right_reach, edge):
     """P and dS (but for the scale) of a tile whose rows are keys and whose columns are queries.
 
@@ -166,11 +177,7 @@ def softmax_gradient(s, dp, key, query, shift, length_k, slope, scale, window_le
     """
     distance = query[None, :] + shift - key[:, None]
     if edge:
-        visible = key[:, None] < length_k
-        if right_reach is not None:
-            visible = visible & (distance > -right_reach)
-        if window_left is not None:
-            visible = visible & (distance <= window_left)
+        visible = visible_pairs(key[:, None], distance, length_k, window_left, right_reach)
         s = gl.where(visible, s, float("-inf"))
     logits = s * (scale * LOG2_E)
     if slope is not None:

@@ -30,11 +30,8 @@ from regard.kernels.hopper_pipeline import (
     stages_for,
     transposed,
 )
+from regard.kernels.hopper_softmax import LOG2_E, LOWEST, biased_scores, finish_softmax, online_softmax, rescale
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
-LOWEST = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key yet: finite, so that inf - inf never occurs
-SLACK = gl.constexpr(8.0)  # weights may come to 2**SLACK before the sums are rescaled
 ROWS = gl.constexpr(64)  # query rows of a warpgroup, as many as one wgmma covers
 RECORD = gl.constexpr(8)  # integers in a tile's record, see `schedule`
 
@@ -233,59 +230,6 @@ def skip_blocks(call, step, count, WARPGROUP: gl.constexpr):
         call.values.release(step)
         step += 1
     return step
-
-
-@gluon.jit
-def biased_scores(s, distance, scale, softcap, slope):
-    """Scores in units of log2 from raw products: scale, softcap, ALiBi."""
-    s = s * scale
-    if softcap is not None:
-        s = softcap * (1.0 - 2.0 / (1.0 + gl.exp2(s * (2.0 * LOG2_E / softcap))))  # softcap * tanh(s / softcap)
-    if slope is not None:
-        s -= slope[:, None] * gl.abs(distance).to(gl.float32)
-    return s * LOG2_E
-
-
-@gluon.jit
-def online_softmax(s, row_max, row_sum, factor):
-    """One step of the online softmax: weights, the old state's decay, and the new state (maximum in log2 units).
-
-    The maximum is a mere reference, which cancels in the end. It follows the scores only where they leave it far
-    behind, so that nearly always the decay is 1 (the conditional rescaling of FlashAttention-4).
-    """
-    highest = gl.max(s, 1) * factor
-    new_max = gl.where(highest > row_max + SLACK, highest, row_max)
-    weights = gl.exp2(s * factor - new_max[:, None])
-    decay = gl.exp2(row_max - new_max)
-    return weights, decay, new_max, row_sum * decay + gl.sum(weights, 1)
-
-
-@gluon.constexpr_function
-def _rescale_assembly(COUNT):
-    """Multiplies COUNT sums of a thread, which lie in two rows in turns of two, unless no row of the warp decays."""
-    products = "".join(f"mul.f32 ${i}, ${i}, ${2 * COUNT + i}; " for i in range(COUNT))
-    return (
-        "{ .reg .pred decays; "
-        f"setp.neu.f32 decays, ${2 * COUNT}, 0f3F800000; "
-        f"setp.neu.or.f32 decays, ${2 * COUNT + 2}, 0f3F800000, decays; "
-        "vote.sync.any.pred decays, decays, -1; "
-        "@!decays bra done; "
-        f"{products} done: }}"
-    )
-
-
-@gluon.constexpr_function
-def _rescale_constraints(COUNT):
-    return ",".join(["=f"] * COUNT + [str(i) for i in range(COUNT)] + ["f"] * COUNT)
-
-
-@gluon.jit
-def rescale(acc, decay):
-    """The sums of weighted values after their rows' decay; a warp of whose rows none decays leaves them alone."""
-    COUNT: gl.constexpr = min(32, acc.shape[1] // 2)
-    return gl.inline_asm_elementwise(
-        _rescale_assembly(COUNT), _rescale_constraints(COUNT), [acc, decay[:, None]], gl.float32, True, COUNT
-    )
 
 
 @gluon.jit
@@ -504,22 +448,6 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
         call.records.wait(tile)
         high, low, first, head, sequence, _start_q, length_q, length_k = read_record(call.records, tile)
     tma.store_wait(0)
-
-
-@gluon.jit
-def finish_softmax(row_max, row_sum, sinks_ptr, q_head):
-    """What the rows' sums of weighted values are multiplied by in the end, and lse (natural log)."""
-    decay = 1.0
-    if sinks_ptr is not None:
-        # A sink is a key without a value (Xiao et al. 2023, "attention sinks").
-        sink = gl.load(sinks_ptr + q_head).to(gl.float32) * LOG2_E
-        with_sink = gl.maximum(row_max, sink)
-        decay = gl.exp2(row_max - with_sink)
-        row_sum = row_sum * decay + gl.exp2(sink - with_sink)
-        row_max = with_sink
-    nothing_visible = row_sum == 0.0
-    inverse = decay / gl.where(nothing_visible, 1.0, row_sum)
-    return inverse, gl.where(nothing_visible, float("-inf"), (row_max + gl.log2(row_sum)) * LN_2)
 
 
 @gluon.jit

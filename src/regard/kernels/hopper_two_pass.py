@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from regard.kernels.hopper_backward import LOG2_E, query_blocks
+from regard.kernels.hopper_backward import query_blocks, visible_pairs
 from regard.kernels.hopper_forward import key_blocks
 from regard.kernels.hopper_pipeline import (
     SIZES,
@@ -38,6 +38,7 @@ from regard.kernels.hopper_pipeline import (
     store_rows,
     transposed,
 )
+from regard.kernels.hopper_softmax import LOG2_E
 
 ROWS = gl.constexpr(64)  # rows of a warpgroup, as many as one wgmma covers
 
@@ -134,11 +135,7 @@ def softmax_weights(s, lse, key, query, call, slope, block, full_low, full_high)
         logits -= slope * LOG2_E * gl.abs(distance).to(gl.float32)
     if call.RAGGED or call.window_left is not None or call.right_reach is not None:
         if (block < full_low) | (block >= full_high):
-            visible = key < call.length_k
-            if call.right_reach is not None:
-                visible = visible & (distance > -call.right_reach)
-            if call.window_left is not None:
-                visible = visible & (distance <= call.window_left)
+            visible = visible_pairs(key, distance, call.length_k, call.window_left, call.right_reach)
             logits = gl.where(visible, logits, float("-inf"))
     return gl.exp2(logits), bend
 
