@@ -5,6 +5,9 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
 
 import regard
 from regard import ops
@@ -177,3 +180,45 @@ def test_eager_calls_skip_the_dispatcher(monkeypatch):
     monkeypatch.setattr(ops, "attention_fwd", None)
     q, k, v = (torch.randn(1, 4, 2, 16) for _ in range(3))
     assert regard.attention(q, k, v, backend="opaque").shape == (1, 4, 2, 16)
+
+
+def counted(function):
+    """FLOPs that torch counts while the function runs, by op."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return {str(op): flops for op, flops in counter.get_flop_counts().get("Global", {}).items()}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_torch_counts_our_flops(compiled, monkeypatch):
+    """Also where its counter was there first: it copies the formulas that it knows at its beginning."""
+    for op in (torch.ops.regard.attention_fwd, torch.ops.regard.attention_bwd):
+        monkeypatch.delitem(flop_counter.flop_registry, op, raising=False)
+    q, k, v = (torch.randn(2, length, heads, 8, requires_grad=True) for length, heads in ((9, 4), (13, 2), (13, 2)))
+    config = regard.AttentionConfig.from_tensors(q, k, v, causal=True, window=(5, 0))
+    call = torch.compile(regard.attention, backend="aot_eager") if compiled else regard.attention
+
+    def step():
+        call(q, k, v, causal=True, window=(5, 0), backend="opaque").sum().backward()
+
+    forward, backward = config.flops(), config.flops(backward=True)
+    assert backward == 2.5 * forward > 0
+    assert counted(step) == {"regard.attention_fwd": forward, "regard.attention_bwd": backward}
+    out = regard.attention(q, k, v, causal=True, window=(5, 0), backend="opaque")
+    assert counted(lambda: out.sum().backward()) == {"regard.attention_bwd": backward}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert counted(step) == {"regard.attention_fwd": forward, "regard.attention_bwd": backward}
+
+
+def test_torch_counts_each_packed_sequence_at_its_own_length():
+    q = torch.randn(10, 2, 8)
+    cu_seqlens = torch.tensor([0, 1, 1, 10], dtype=torch.int32)
+
+    def call():
+        return regard.varlen_attention(q, q, q, cu_seqlens, cu_seqlens, 9, 9, causal=True, backend="opaque")
+
+    assert counted(call) == {"regard.attention_fwd": 2 * 2 * (1 + 45) * (8 + 8)}
+    longest = {"regard.attention_fwd": 2 * 2 * 3 * 45 * (8 + 8)}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        q, cu_seqlens = mode.from_tensor(q), mode.from_tensor(cu_seqlens)
+        assert counted(call) == longest

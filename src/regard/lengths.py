@@ -104,6 +104,13 @@ def describe_packed(
     return batch - 1, longest[0], longest[1]  # type: ignore[operator, return-value]  # both sides were visited
 
 
+def of_packed(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> list[tuple[int, int]] | None:
+    """Queries and keys of each packed sequence; None where there are no offsets or they cannot be read."""
+    if cu_seqlens_q is None or cu_seqlens_k is None or not _readable(cu_seqlens_q, cu_seqlens_k):
+        return None
+    return list(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True))
+
+
 def describe_paged(k_cache: Tensor, block_table: object, kv_lens: Tensor | None, batch: int, page_size: int) -> int:
     """Validate the page table of a paged KV cache and return the key capacity of a sequence.
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from regard import plans
+from regard import lengths, plans
 from regard.backends.reference import ReferenceBackend
 from regard.config import DIFFERENTIABLE_INPUTS, AttentionConfig, AttentionInputs
 from regard.errors import ConfigError, FallbackWarning, UnsupportedError
@@ -46,6 +49,7 @@ def attend(
         if backend_is_composed_of_torch_ops(backend) and not opaque:
             return backend.forward(config, inputs)
         if traced:
+            _inform_flop_counters()
             out, lse = attention_fwd(*inputs, *_scalars(config), selection.backend, selection.strict)
         else:
             out, lse = _Attention.apply(config, selection.backend, selection.strict, *inputs)  # type: ignore[no-untyped-call]
@@ -397,6 +401,44 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
 attention_fwd.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
+def _forward_flops(*arguments: Any, out_val: object = None) -> int:
+    """What `torch.utils.flop_counter` asks of `attention_fwd`."""
+    return _flops(arguments, backward=False)
+
+
+def _backward_flops(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any,
+                    out_val: object = None) -> int:  # fmt: skip
+    """What it asks of `attention_bwd`."""
+    return _flops(arguments, backward=True)
+
+
+def _flops(arguments: tuple[Any, ...], *, backward: bool) -> int:
+    """`AttentionConfig.flops` of a custom op's call, of packed sequences one by one where their lengths can be read."""
+    tensors = len(AttentionInputs._fields)
+    inputs = AttentionInputs(*arguments[:tensors])
+    config = _config_of(inputs, arguments[tensors:-2])
+    packed = lengths.of_packed(inputs.cu_seqlens_q, inputs.cu_seqlens_k)
+    if packed is None:
+        return config.flops(backward=backward)
+    return sum(
+        replace(config, batch=1, seqlen_q=queries, seqlen_k=keys).flops(backward=backward) for queries, keys in packed
+    )
+
+
+def _inform_flop_counters() -> None:
+    """Give torch's FLOP counters the formulas of these ops, those included that are counting already.
+
+    Importing their module takes a while, and nobody has a counter without it.
+    """
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    counters = [getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack()]
+    for known in (module, *(counter for counter in counters if isinstance(counter, module.FlopCounterMode))):
+        known.flop_registry.setdefault(torch.ops.regard.attention_fwd, _forward_flops)
+        known.flop_registry.setdefault(torch.ops.regard.attention_bwd, _backward_flops)
+
+
 def _by_input(found: Sequence[Tensor], tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
     """Gradients in the order of `DIFFERENTIABLE_INPUTS` put in the order of `AttentionInputs`."""
     named = dict(zip(DIFFERENTIABLE_INPUTS, found, strict=True))
@@ -425,6 +467,7 @@ class _Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         config, backend, strict = ctx.call
         if is_traced((grad_out, grad_lse)) or are_batched_gradients((grad_out, grad_lse)):
+            _inform_flop_counters()
             scalars = *_scalars(config), backend, strict
             found = attention_bwd(grad_out, grad_lse, out, lse, *tensors, *scalars)
         else:
