@@ -4,6 +4,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import TorchRuntimeError
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils import flop_counter
@@ -222,3 +223,18 @@ def test_torch_counts_each_packed_sequence_at_its_own_length():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         q, cu_seqlens = mode.from_tensor(q), mode.from_tensor(cu_seqlens)
         assert counted(call) == longest
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [{"window": ()}, {"window": (1,)}, {"window": (True, 2)}, {"window": (-1, 2)}, {"causal": 1}, {"causal": None},
+     {"return_lse": 1}, {"deterministic": 0}, {"softcap": True}, {"softmax_scale": float("nan")}],
+    ids=str,
+)  # fmt: skip
+def test_compiled_calls_refuse_what_eager_ones_do(malformed):
+    q = torch.randn(1, 4, 2, 16)
+    with pytest.raises(regard.ConfigError) as eager:
+        regard.attention(q, q, q, **malformed)
+    with pytest.raises(TorchRuntimeError) as compiled:  # torch wraps whatever happens while it traces
+        torch.compile(regard.attention, backend="aot_eager")(q, q, q, **malformed)
+    assert repr(eager.value) in str(compiled.value)

@@ -222,8 +222,7 @@ def _attend(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | N
     """
     if not torch.compiler.is_compiling():
         return _run(tensors, options, backend)
-    layout, causal, window, *others = options
-    results = torch.ops.regard.call(*tensors, layout, causal, *(window or (None, None)), *others[:-2], backend)
+    results = torch.ops.regard.call(*tensors, *options[:-2], backend)
     return results[0] if len(results) == 1 else (results[0], results[1])
 
 
@@ -259,20 +258,20 @@ def _run(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None
 
 
 # A public call as torch.compile records it; the tracers below see through it to the ops of the selected backend.
+# Options are what they may be and more: a schema of bools and floats would make legal values of 1, True and ().
 _library = torch.library.Library("regard", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "call(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? kv_lens, Tensor? block_table, str layout, bool causal, "
-    "SymInt? window_left, SymInt? window_right, float? softmax_scale, float softcap, float dropout_p, "
-    "bool return_lse, bool deterministic, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str? backend) -> Tensor[]"
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? kv_lens, Tensor? block_table, str layout, Scalar? causal, "
+    "Scalar?[]? window, Scalar? softmax_scale, Scalar? softcap, Scalar? dropout_p, Scalar? return_lse, "
+    "Scalar? deterministic, Scalar? max_seqlen_q, Scalar? max_seqlen_k, str? backend) -> Tensor[]"
 )
 
 
 def _run_recorded(*arguments: Any) -> list[Tensor]:
     tensors = arguments[: len(plans.TENSORS)]
-    layout, causal, left, right, *others, backend = arguments[len(plans.TENSORS) :]
-    window = None if left is None and right is None else (left, right)
-    results = _run(tensors, (layout, causal, window, *others, None, None), backend)
+    *options, backend = arguments[len(plans.TENSORS) :]
+    results = _run(tensors, (*options, None, None), backend)
     return list(results) if isinstance(results, tuple) else [results]
 
 
