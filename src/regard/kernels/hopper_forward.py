@@ -168,11 +168,13 @@ def load_tiles(call):
                 for warpgroup in gl.static_range(WARPGROUPS):
                     position = start_q + first + warpgroup * (ROWS // call.PACK)
                     call.queries.copy(tile * WARPGROUPS + warpgroup, call.q_desc, [plane, head, position, 0, 0])
+            if block == high - low - 1:
+                # Only now, for a tile claimed early waits behind a long one; and not later, for the counter answers while
+                # the last values wait for their stage.
+                index = gl.num_programs(0) + gl.atomic_add(call.counter_ptr, 1)
             call.values.copy(step, call.v_desc, [plane, head // call.group, row, 0])
             step += 1
         tile += 1
-        # Only now, while the consumers still have a few blocks to do: a tile claimed early waits behind a long one.
-        index = gl.num_programs(0) + gl.atomic_add(call.counter_ptr, 1)
     schedule(call.records, tile, 0, 0, 0, 0, 0, 0, 0, 0)
     # The last program to run dry leaves the counters as the next launch needs them.
     if gl.atomic_add(call.counter_ptr + 1, 1) == gl.num_programs(0) - 1:
