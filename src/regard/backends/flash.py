@@ -24,7 +24,7 @@ from regard.registry import Gradients
 
 MAX_HEAD_DIM = 256
 _INTERPRETER_ARCH = "sm80"
-_LARGEST_TILE = 256  # rows or columns; strides from 2**31 / this on need 64-bit offsets inside a tile
+_LARGEST_TILE = 256  # rows or columns
 
 
 class FlashBackend:
@@ -345,7 +345,7 @@ def _score_tensors(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Te
     if mask is not None:
         mask = mask.view(torch.uint8)
     if slopes is not None:
-        slopes = slopes.float().expand(config.batch, config.heads_q)
+        slopes = slopes.float().contiguous().expand(config.batch, config.heads_q)
     return q, k, v, mask, bias, slopes, cu_seqlens_q, cu_seqlens_k, kv_lens, seed
 
 
@@ -412,9 +412,9 @@ def _all_aligned(inputs: AttentionInputs, grad_out: Tensor) -> bool:
 
 def _wide(inputs: AttentionInputs, *others: Tensor) -> bool:
     """Whether a tile's own extent, of rows by head dim or of queries by keys, can pass 2**31 elements."""
-    strides = [tensor.stride(axis) for tensor in (inputs.q, inputs.k, inputs.v, *others) for axis in (-3, -1)]
-    strides += [tensor.stride(axis) for tensor in inputs[3:5] if tensor is not None for axis in (-2, -1)]
-    return max(strides) * _LARGEST_TILE >= 2**31
+    steps = [tensor.stride(-3) + tensor.stride(-1) for tensor in (inputs.q, inputs.k, inputs.v, *others)]
+    steps += [sum(_broadcast_strides(tensor)[2:]) for tensor in (inputs.mask, inputs.bias)]
+    return max(steps) * _LARGEST_TILE >= 2**31
 
 
 def _product_precision(config: AttentionConfig) -> str:

@@ -65,8 +65,8 @@ def attend_keys(
         if block_table_ptr is None:
             k_tile = k_base + tl.cast(first_key, tl.int64) * k_strides[1]
             v_tile = v_base + tl.cast(first_key, tl.int64) * v_strides[1]
-            k_rows = tile_offsets(column, 0 * column, k_strides[1], 0, WIDE)
-            v_rows = tile_offsets(column, 0 * column, v_strides[1], 0, WIDE)
+            k_rows = tile_offsets(column, 0, k_strides[1], 0, WIDE)
+            v_rows = tile_offsets(column, 0, v_strides[1], 0, WIDE)
         else:
             k_tile, v_tile = k_base, v_base
             page = tl.load(block_table_ptr + key // page_size, mask=key_exists, other=0).to(tl.int64)
@@ -79,11 +79,11 @@ def attend_keys(
         for first in tl.static_range(0, HEAD_DIM, DIMS):
             part = q
             if BLOCK_D > DIMS:
-                part = load_rows(
-                    q_base + first * q_strides[3], q_strides, query_exists, BLOCK_M, HEAD_DIM - first, DIMS, True, WIDE
-                )
+                q_part = q_base + tile_offsets(0, first, 0, q_strides[3], WIDE)
+                part = load_rows(q_part, q_strides, query_exists, BLOCK_M, HEAD_DIM - first, DIMS, True, WIDE)
             # K tile, transposed: (BLOCK_D or DIMS, BLOCK_N)
-            k_pointers = k_tile + first * k_strides[3] + (k_rows[None, :] + dim[:, None] * k_strides[3])
+            k_part = k_tile + tile_offsets(0, first, 0, k_strides[3], WIDE)
+            k_pointers = k_part + (k_rows[None, :] + tile_offsets(0, dim[:, None], 0, k_strides[3], WIDE))
             dim_exists = first + dim < HEAD_DIM
             k = load_tile(k_pointers, key_exists[None, :], dim_exists[:, None], MASKED, HEAD_DIM - first >= PART)
             qk = tl.dot(part, k, qk, input_precision=PRECISION)
@@ -114,7 +114,7 @@ def attend_keys(
             weights = tl.where(keep, weights, 0.0)
 
         # V tile (BLOCK_N, BLOCK_DV)
-        v_pointers = v_tile + (v_rows[:, None] + dim_v[None, :] * v_strides[3])
+        v_pointers = v_tile + (v_rows[:, None] + tile_offsets(0, dim_v[None, :], 0, v_strides[3], WIDE))
         v = load_tile(v_pointers, key_exists[:, None], dim_v_exists[None, :], MASKED, HEAD_DIM_V == BLOCK_DV)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum

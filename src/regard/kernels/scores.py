@@ -31,8 +31,8 @@ def sequence_bounds(cu_seqlens_ptr, lengths_ptr, sequence, padded_length, total)
 def tile_offsets(row, column, row_stride, column_stride, WIDE: tl.constexpr):
     """Offsets of a tile from its first element; 64-bit only where a stride is so large that 32 bits could overflow."""
     if WIDE:
-        row = row.to(tl.int64)
-        column = column.to(tl.int64)
+        row = tl.cast(row, tl.int64)
+        column = tl.cast(column, tl.int64)
     return row * row_stride + column * column_stride
 
 
@@ -78,8 +78,10 @@ def product_in_parts(
     tl.debug_barrier()
     product = tl.zeros([ROWS_A, ROWS_B], tl.float32)
     for first in tl.static_range(0, EXTENT, DIMS):
-        a = load_rows(a_base + first * a_strides[3], a_strides, a_exists, ROWS_A, EXTENT - first, DIMS, True, WIDE)
-        b = load_rows(b_base + first * b_strides[3], b_strides, b_exists, ROWS_B, EXTENT - first, DIMS, MASKED_B, WIDE)
+        a_part = a_base + tile_offsets(0, first, 0, a_strides[3], WIDE)
+        b_part = b_base + tile_offsets(0, first, 0, b_strides[3], WIDE)
+        a = load_rows(a_part, a_strides, a_exists, ROWS_A, EXTENT - first, DIMS, True, WIDE)
+        b = load_rows(b_part, b_strides, b_exists, ROWS_B, EXTENT - first, DIMS, MASKED_B, WIDE)
         product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
     return product
 
