@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard.backends.flash import bounded_band, new_gradients, prepare_rows, sink_gradient, triton_reason
 from regard.backends.launch import Launch, Repetition, appearance, launch_and_remember, new_results, on_device
+from regard.backends.triton_launcher import with_tensor
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.kernels import hopper_tuning, tuning
@@ -360,7 +361,7 @@ def _batched(tensor: Tensor) -> Tensor:
 
 def _described(tensor: Tensor, view: Tensor, block: tuple[int, ...]) -> Any:
     """TMA descriptor of a tensor in the shape of a view of it."""
-    return _with_tensor(_template(tuple(view.shape), view.stride(), block, tensor.dtype), tensor)
+    return with_tensor(_template(tuple(view.shape), view.stride(), block, tensor.dtype), tensor)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -372,12 +373,6 @@ def _template(shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int
     layout = gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
     nowhere = torch.empty(0, dtype=dtype, device="meta")
     return TensorDescriptor(nowhere, list(shape), list(strides), list(block), layout)
-
-
-def _with_tensor(descriptor: Any, tensor: Tensor) -> Any:
-    made = object.__new__(type(descriptor))
-    made.__dict__ = {**descriptor.__dict__, "base": tensor}
-    return made
 
 
 @functools.cache

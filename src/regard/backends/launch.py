@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from regard.backends.triton_launcher import direct_launch, with_tensor
 from regard.config import AttentionConfig, AttentionInputs
 
 _HERE = contextlib.nullcontext()
@@ -65,31 +66,29 @@ def appearance(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
 class Repetition:
     """A launch to be made again on other tensors that look the same.
 
-    It goes past Triton's JIT, which would look over some forty arguments anew to find the kernel that is already known.
+    It goes past Triton's JIT, which would look over some forty arguments anew to find the kernel that is already known,
+    and where that is possible past the Python of Triton's launcher.
     """
 
-    def __init__(self, launch: Launch, compiled: Any, tensors: Iterable[str]) -> None:
+    def __init__(self, launch: Launch, compiled: Any, tensors: Iterable[str], device: torch.device) -> None:
         """``tensors``: names of the arguments that are tensors or describe one, in the order that `run` takes them."""
-        names = list(launch.arguments)
+        names, values = list(launch.arguments), list(launch.arguments.values())
+        self._places = [names.index(name) for name in tensors]
+        self._direct = direct_launch(compiled, launch.programs, values, self._places, device)
         self._launch = compiled[(launch.programs, 1, 1)]
-        self._values = list(launch.arguments.values())
-        self._places: list[tuple[int, tuple[type, dict[str, Any]] | None]] = []
-        for place in map(names.index, tensors):
-            value, self._values[place] = self._values[place], None
-            described = value is not None and not isinstance(value, Tensor)
-            self._places.append((place, (type(value), {**vars(value), "base": None}) if described else None))
+        self._values = [with_tensor(value, None) if hasattr(value, "base") else value for value in values]
+        for place in self._places:
+            if isinstance(values[place], Tensor):
+                self._values[place] = None
 
-    def run(self, tensors: Iterable[Tensor | None]) -> None:
+    def run(self, tensors: Sequence[Tensor | None]) -> None:
         """Launch on the current device."""
+        if self._direct is not None and not self._direct.is_watched():
+            self._direct.run(tensors)
+            return
         values = self._values.copy()
-        for (place, descriptor), tensor in zip(self._places, tensors, strict=True):
-            if descriptor is not None:
-                kind, fields = descriptor
-                described: Any = object.__new__(kind)
-                described.__dict__ = {**fields, "base": tensor}
-                values[place] = described
-            else:
-                values[place] = tensor
+        for place, tensor in zip(self._places, tensors, strict=True):
+            values[place] = tensor if values[place] is None else with_tensor(values[place], tensor)
         self._launch(*values)
 
 
@@ -99,4 +98,4 @@ def launch_and_remember(
     """Launch, and keep the `Repetition` under a key; Triton's interpreter compiles nothing that could be repeated."""
     compiled = launch.run(device)
     if compiled is not None:
-        launches[key] = Repetition(launch, compiled, tensors)
+        launches[key] = Repetition(launch, compiled, tensors, device)

@@ -1,0 +1,253 @@
+"""Launches past Triton's Python say to its C function what Triton says; what the C function is, is played here.
+
+Triton's own classes around it are those that are installed.
+"""
+
+import dataclasses
+import itertools
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.nvidia import driver
+
+from regard import AttentionConfig, AttentionInputs
+from regard.backends import flash, hopper, triton_launcher
+from regard.backends.launch import Launch, Repetition
+
+B, S, H, HK, D = 2, 32, 4, 2, 64
+CONFIG = AttentionConfig(batch=B, seqlen_q=S, seqlen_k=S, heads_q=H, heads_kv=HK, head_dim=D, dtype=torch.bfloat16,
+                         device="cuda", arch="sm90", causal=True, sinks=True)  # fmt: skip
+
+
+class Map(tuple):
+    """Stands for an encoded TMA map: all that went into it."""
+
+
+class Machine:
+    """A GPU that takes down what it is told to launch."""
+
+    def __init__(self):
+        self.said, self.encoded, self.stream = [], 0, 77
+        self.counter = torch.zeros(2, dtype=torch.int32)
+
+    def launch(self, *values):
+        self.said.append(tuple(map(address, flattened(values))))
+
+    def encode(self, *fields):
+        self.encoded += 1
+        return Map(map(str, fields))
+
+
+def flattened(values):
+    for value in values:
+        if isinstance(value, (list, tuple)) and not isinstance(value, Map):
+            yield from flattened(value)
+        else:
+            yield value
+
+
+def address(value):
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+
+class Compiled:
+    """A kernel as Triton's JIT would return it, around the launcher of the installed Triton."""
+
+    function, packed_metadata, launcher = 0x1234, (4, 1, 1000), driver.CudaLauncher
+
+    def __init__(self, launch, machine):
+        signature = {name: "tensordesc<bf16[1]>" if hasattr(value, "base") else "i32" for name, value in
+                     launch.arguments.items()}  # fmt: skip
+        tiles = [dict(swizzle=3, elem_size=2, elem_type=index, block_size=[*value.block_shape, value.base.dtype],
+                      fp4_padded=False)
+                 for index, value in enumerate(launch.arguments.values()) if hasattr(value, "base")]  # fmt: skip
+        self.metadata = types.SimpleNamespace(tensordesc_meta=tiles)
+        self.run = object.__new__(self.launcher)
+        self.run.launch = driver.wrap_handle_tensordesc(machine.launch, signature, tiles)
+        self.run.num_ctas, self.run.launch_cooperative_grid, self.run.launch_pdl = 1, False, False
+        self.run.global_scratch_size = self.run.global_scratch_align = 0
+        self.run.profile_scratch_size = self.run.profile_scratch_align = 0
+        self.run.gsan_enabled = False
+        self.run.arg_annotations, self.run.kernel_signature = ["annotations"], b"signature"
+        self.launched = 0
+        self.machine = machine
+
+    def __getitem__(self, grid):
+        def launch(*arguments):
+            self.launched += 1
+            hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+            played = [None if not hook.calls else hook for hook in hooks]
+            self.run(*grid, self.machine.stream, self.function, self.packed_metadata, None, *played, *arguments)
+
+        return launch
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+    utils = types.SimpleNamespace(fill_tma_descriptor=machine.encode, fill_tma_descriptor_tiled=machine.encode)
+    monkeypatch.setattr(triton.runtime.driver, "_active", types.SimpleNamespace(utils=utils))
+    monkeypatch.setattr(driver, "PyCUtensorMap", Map)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: machine.stream, raising=False)
+    monkeypatch.setattr(hopper, "_counter", lambda device: machine.counter)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(Launch, "run", lambda self, device: Compiled(self, machine))
+    yield machine
+    CONFIG.prepared.clear()
+
+
+BACKENDS = pytest.mark.parametrize("backend", [hopper.HopperBackend(), flash.FlashBackend()], ids=lambda b: b.name)
+
+
+def memory(size=2**16, dtype=torch.bfloat16):
+    """Aligned as TMA asks, and as an allocator of a GPU aligns."""
+    raw = torch.empty(size + 64, dtype=dtype)
+    return raw[-raw.data_ptr() % 128 // raw.element_size() :][:size]
+
+
+def tensors(*, apart=0, start=0, dtype=torch.bfloat16, at=None, transposed=False):
+    """Inputs whose rows are further apart, or start so many elements later, or lie in given memory one after another."""
+    at = itertools.repeat(None) if at is None else iter(at)
+
+    def rows(heads):
+        place = next(at)
+        shape = (B, heads, S, D + apart) if transposed else (B, S, heads, D + apart)
+        raw = (memory(dtype=dtype) if place is None else place).view(dtype)[: torch.Size(shape).numel()].view(shape)
+        return (raw.transpose(1, 2) if transposed else raw)[..., start : start + D]
+
+    return AttentionInputs(rows(H), rows(HK), rows(HK), sinks=torch.zeros(H))
+
+
+def repetitions():
+    return [known for known in CONFIG.prepared.values() if isinstance(known, Repetition)]
+
+
+def test_the_installed_launcher_is_as_expected(machine):
+    """Else every launch goes Triton's way, which works but takes three times as long."""
+    for backend in (hopper.HopperBackend(), flash.FlashBackend()):
+        backend.forward(CONFIG, tensors())
+    assert all(known._direct is not None for known in repetitions())
+
+
+CHANGES = {
+    "none": {}, "strides": dict(apart=64), "unaligned": dict(apart=64, start=4), "other rows": dict(transposed=True),
+    "further on": dict(apart=64, start=8),
+}  # fmt: skip
+
+
+@BACKENDS
+def test_the_same_is_said_in_both_ways(machine, backend, monkeypatch):
+    """Whatever changes from one call to the next, at addresses of its own or at the same ones."""
+    places = [memory() for _ in range(3)]
+    results = (torch.empty(B, S, H, D, dtype=torch.bfloat16), torch.empty(B, H, S))
+    for module in (hopper, flash):
+        monkeypatch.setattr(module, "new_results", lambda config, inputs: results)
+    copies = memory()  # where hopper puts what TMA cannot follow
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t, memory_format: copies[: t.numel()].view(t.shape).copy_(t))
+    for at in (None, places):
+        for change in CHANGES.values():
+            for _ in range(2):
+                backend.forward(CONFIG, tensors(**change, at=at))
+    machine.said.clear()
+    assert len(repetitions()) == len(CHANGES) - 1, "a multiple of 16 bytes further on is another address only"
+    for at, change in [*itertools.product((places, None), CHANGES.values())] * 2:
+        inputs, machine.stream = tensors(**change, at=at), machine.stream + 1
+        backend.forward(CONFIG, inputs)
+        with monkeypatch.context() as patched:
+            patched.setattr(triton_launcher.DirectLaunch, "is_watched", lambda self: True)
+            backend.forward(CONFIG, inputs)
+        direct, of_triton = machine.said
+        machine.said.clear()
+        assert direct == of_triton and machine.stream in direct
+
+
+def test_a_map_is_encoded_once_for_an_address(machine):
+    backend, inputs = hopper.HopperBackend(), [tensors(), tensors()]
+    kept = [backend.forward(CONFIG, each) for each in (inputs[0], *inputs)]
+    encoded = machine.encoded
+    for each in inputs:
+        kept.append(backend.forward(CONFIG, each))
+    results = {out.data_ptr() for out, _ in kept}
+    assert machine.encoded - encoded == 2 and len(results) == 5, "of two new results; q, k and v are known"
+    backend.forward(CONFIG, AttentionInputs(*inputs[0][:2], inputs[0].v.clone(), sinks=inputs[0].sinks))
+    assert machine.encoded - encoded <= 4
+
+
+def test_another_dtype_at_the_same_address_has_maps_of_its_own(machine):
+    places = [memory() for _ in range(3)]
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        config = dataclasses.replace(CONFIG, dtype=dtype) if dtype != CONFIG.dtype else CONFIG
+        for _ in range(2):
+            hopper.HopperBackend().forward(config, tensors(dtype=dtype, at=places))
+        maps = [value for value in machine.said[-1] if isinstance(value, Map)]
+        assert [value[0] for value in maps[:3]] == [str(place.data_ptr()) for place in places]
+        assert len(maps) == 4 and all(str(dtype) in value[4] for value in maps)
+
+
+def test_maps_are_not_kept_without_end(machine, monkeypatch):
+    monkeypatch.setattr(triton_launcher, "KNOWN_MAPS", 3)
+    backend, kept = hopper.HopperBackend(), []
+    for _ in range(12):
+        kept.append(tensors())
+        backend.forward(CONFIG, kept[-1])
+    (known,) = repetitions()
+    assert all(1 <= len(maps.known) <= 3 for *_, maps in known._direct._maps) and len(known._direct._maps) == 4
+
+
+@BACKENDS
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_of_a_profiler_are_called(machine, backend, hook, monkeypatch):
+    inputs = tensors()
+    backend.forward(CONFIG, inputs)
+    (known,) = repetitions()
+    backend.forward(CONFIG, inputs)
+    assert not known._direct.is_watched()
+    chain = getattr(triton.knobs.runtime, hook)
+
+    def profile(metadata):
+        raise AssertionError("nobody calls it here")
+
+    chain.add(profile)
+    try:
+        assert known._direct.is_watched()
+        monkeypatch.setattr(known._direct, "run", None)
+        backend.forward(CONFIG, inputs)
+    finally:
+        chain.remove(profile)
+    for value, watched in ((profile, True), (None, False)):
+        monkeypatch.setattr(triton.knobs.runtime, hook, value)
+        assert known._direct.is_watched() is watched
+
+
+@pytest.mark.parametrize("change", ["global_scratch_size", "profile_scratch_size", "gsan_enabled"])
+def test_a_kernel_that_needs_memory_goes_by_triton(machine, monkeypatch, change):
+    def compiled(launch, device):
+        made = Compiled(launch, machine)
+        setattr(made.run, change, 8)
+        return made
+
+    monkeypatch.setattr(Launch, "run", compiled)
+    hopper.HopperBackend().forward(CONFIG, tensors())
+    (known,) = repetitions()
+    assert known._direct is None
+
+
+@pytest.mark.parametrize("wrong", ["another launcher", "other maps", "no maps", "other arguments"])
+def test_what_is_not_as_expected_goes_by_triton(machine, monkeypatch, wrong):
+    inputs = tensors()
+    if wrong == "another launcher":  # such as that for ROCm
+        monkeypatch.setattr(Compiled, "launcher", type("HIPLauncher", (driver.CudaLauncher,), {}))
+    elif wrong == "other maps":
+        monkeypatch.setattr(driver, "PyCUtensorMap", type("PyCUtensorMap", (), {}))
+    elif wrong == "no maps":
+        monkeypatch.setattr(driver, "make_tensordesc_arg", lambda descriptor, *others: [0])
+    else:
+        monkeypatch.setattr(driver.CudaLauncher, "__call__", lambda self, *arguments: self.launch(*arguments[:5]))
+    hopper.HopperBackend().forward(CONFIG, inputs)
+    (known,) = repetitions()
+    assert known._direct is None
