@@ -16,7 +16,7 @@ import triton
 from triton.backends.nvidia import driver
 
 from regard import AttentionConfig, AttentionInputs
-from regard.backends import flash, hopper, triton_launcher
+from regard.backends import flash, hopper, launch, triton_launcher
 from regard.backends.launch import Launch, Repetition
 
 B, S, H, HK, D = 2, 32, 4, 2, 64
@@ -164,6 +164,65 @@ def test_the_same_is_said_in_both_ways(machine, backend, monkeypatch):
         direct, of_triton = machine.said
         machine.said.clear()
         assert direct == of_triton and machine.stream in direct
+
+
+@BACKENDS
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("change", [{}, dict(apart=64)], ids=["dense", "rows apart"])
+def test_shortcuts_say_the_same(machine, backend, layout, change, monkeypatch):
+    results = (torch.empty(B, S, H, D, dtype=torch.bfloat16), torch.empty(B, H, S))
+    monkeypatch.setattr(launch, "allocate", lambda *like: results)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU
+    bhsd, long = layout == "bhsd", []
+    first = tensors(transposed=bhsd, **change)
+    config = dataclasses.replace(CONFIG, sinks=False, **{f"{n}_strides": getattr(first, n).stride() for n in "qkv"})
+    forward = backend.forward
+    monkeypatch.setattr(backend, "forward", lambda *call: long.append(call) or forward(*call), raising=False)
+    shortcut = backend.shortcut(config, layout)
+
+    def call(inputs):
+        out = shortcut(*(t.transpose(1, 2) if bhsd else t for t in inputs[:3]))
+        wanted = results[0].transpose(1, 2) if bhsd else results[0]
+        assert out.data_ptr() == wanted.data_ptr() and out.stride() == wanted.stride() and out.shape == wanted.shape
+
+    def said_the_same(inputs, *, is_long):
+        machine.said.clear(), long.clear()
+        call(inputs)
+        assert len(long) == is_long
+        forward(config, inputs._replace(sinks=None))
+        assert machine.said[0] == machine.said[1]
+
+    call(first)
+    for machine.stream in range(3):
+        for inputs in (first, tensors(transposed=bhsd, **change)):
+            said_the_same(inputs, is_long=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    said_the_same(first, is_long=True)
+
+
+def test_shortcuts_leave_other_alignments_to_the_forward(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    first, other = tensors(apart=64), tensors(apart=64, start=4)
+    config = dataclasses.replace(CONFIG, sinks=False, **{f"{n}_strides": getattr(first, n).stride() for n in "qkv"})
+    for backend in (hopper.HopperBackend(), flash.FlashBackend()):
+        shortcut = backend.shortcut(config, "bshd")
+        for inputs in (first, first, other, first, other):
+            shortcut(*inputs[:3])
+        found = [known for known in config.prepared.values() if isinstance(known, Repetition)]
+        assert len(found) == 2
+        config.prepared.clear()
+
+
+def test_calls_that_depend_on_more_than_addresses_have_no_shortcut():
+    strides = dict.fromkeys(("q_strides", "k_strides", "v_strides"), (4096, 64, 16, 1))
+    assert hopper.HopperBackend().shortcut(dataclasses.replace(CONFIG, **strides), "bshd") is not None
+    copied = strides | {"k_strides": (4096, 64, 0, 1)}
+    assert hopper.HopperBackend().shortcut(dataclasses.replace(CONFIG, **copied), "bshd") is None, "k is copied"
+    assert hopper.HopperBackend().shortcut(CONFIG, "bshd") is None, "strides are not known"
+    exact = dataclasses.replace(CONFIG, dtype=torch.float32)
+    assert flash.FlashBackend().shortcut(CONFIG, "bshd") is not None
+    assert flash.FlashBackend().shortcut(exact, "bshd") is None, "it has torch's matmul precision of the moment"
+    assert flash.FlashBackend().shortcut(dataclasses.replace(CONFIG, device="cpu"), "bshd") is None, "interpreted"
 
 
 def test_a_map_is_encoded_once_for_an_address(machine):

@@ -399,6 +399,9 @@ def shortcut(backend: AttentionBackend, config: AttentionConfig, layout: str) ->
     """What a backend offers in its optional method ``shortcut(config, layout)`` for calls of q, k and v alone: the call
     itself, for backends where making the canonical inputs would take as long.
 
+    It is asked for calls with q, k and v of the same shapes, strides, dtypes and device, those that ``config`` was made
+    from; their addresses differ.
+
     None where it offers nothing, or where the call needs more than its output: lse, or autograd to go round a backend
     that it cannot see through.
     """

@@ -15,12 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.launch import Launch, Repetition, appearance, launch_and_remember, new_results, on_device
+from regard.backends.launch import (
+    Launch,
+    PlainCalls,
+    Repetition,
+    appearance,
+    launch_and_remember,
+    new_results,
+    on_device,
+)
 from regard.backends.reference import dropout_threshold
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.kernels import tuning
-from regard.registry import Gradients
+from regard.registry import Gradients, Shortcut
 
 MAX_HEAD_DIM = 256
 _INTERPRETER_ARCH = "sm80"
@@ -61,7 +69,7 @@ class FlashBackend:
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
         q = inputs.q
         out, lse = new_results(config, inputs)
-        key = ("flash forward", q.device.index, _product_precision(config), appearance(inputs))
+        key = _forward_key(config, inputs)
         known: Repetition | None = config.prepared.get(key)
         with on_device(q.device):
             if known is not None:
@@ -70,6 +78,15 @@ class FlashBackend:
                 launch = forward_launch(config, inputs, out, lse)
                 launch_and_remember(launch, q.device, _SCORE_TENSORS + _FORWARD_TENSORS, config.prepared, key)
         return out, lse
+
+    def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
+        if config.device != "cuda" or config.dtype == torch.float32:  # which has torch's precision of the moment
+            return None
+        others = (None,) * (len(_SCORE_TENSORS) - 3)
+        key = functools.partial(_forward_key, config)
+        return PlainCalls(
+            self.forward, config, layout, key, lambda q, k, v, out, lse: (q, k, v, *others, out, lse, None, None)
+        )
 
     @torch.no_grad()
     def backward(
@@ -98,6 +115,11 @@ class FlashBackend:
         if inputs.sinks is not None:
             found["sinks"] = sink_gradient(inputs, row_lse, delta)
         return {name: gradient.to(getattr(inputs, name).dtype) for name, gradient in found.items()}
+
+
+def _forward_key(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, ...]:
+    """What the forward's launch depends on beyond its config."""
+    return "flash forward", inputs.q.device.index, _product_precision(config), appearance(inputs)
 
 
 def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> Launch:

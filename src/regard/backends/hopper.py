@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from regard.backends.flash import bounded_band, new_gradients, prepare_rows, sink_gradient, triton_reason
-from regard.backends.launch import Launch, Repetition, appearance, launch_and_remember, new_results, on_device
+from regard.backends.launch import (
+    Launch,
+    PlainCalls,
+    Repetition,
+    appearance,
+    launch_and_remember,
+    new_results,
+    on_device,
+)
 from regard.backends.triton_launcher import with_tensor
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.kernels import hopper_tuning, tuning
-from regard.registry import Gradients
+from regard.registry import Gradients, Shortcut
 
 MAX_HEAD_DIM = 256
 _ONE_PASS_HEAD_DIM = 128  # beyond, the backward in one pass keeps too few keys in registers
@@ -73,6 +81,16 @@ class HopperBackend:
             _forward(config, inputs, out, lse)
         return out, lse
 
+    def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
+        strides = (config.q_strides, config.k_strides, config.v_strides)
+        if any(each is None or not _strides_suit_tma(each, config.dtype.itemsize) for each in strides):
+            return None
+        others = (None,) * (1 + len(_SHARED_TENSORS))
+        return PlainCalls(
+            self.forward, config, layout, _forward_key,
+            lambda q, k, v, out, lse: (q, k, v, out, out, lse, _counter(q.device), *others),
+        )  # fmt: skip
+
     @torch.no_grad()
     def backward(
         self,
@@ -111,17 +129,22 @@ def _forward(config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse:
     """Launch the forward, or repeat the launch of a call that looked the same."""
     device = inputs.q.device
     counter = _counter(device)
-    looks = appearance(inputs)
-    key = ("hopper forward", device.index, looks)
+    key = _forward_key(inputs)
     known: Repetition | None = config.prepared.get(key)
     if known is None:
         launch = forward_launch(config, inputs, out, lse, counter, _multiprocessors(device))
         launch_and_remember(launch, device, _FORWARD_TENSORS, config.prepared, key)
         return
     q, k, v, *_ = inputs
+    *_, looks = key
     if not _suit_tma(looks[:3]):
         q, k, v = _readable_by_tma(q), _readable_by_tma(k), _readable_by_tma(v)
     known.run((q, k, v, out, out, lse, counter, _contiguous(inputs.sinks), *_shared_tensors(config, inputs)))
+
+
+def _forward_key(inputs: AttentionInputs) -> tuple[Any, ...]:
+    """What the forward's launch depends on beyond its config."""
+    return "hopper forward", inputs.q.device.index, appearance(inputs)
 
 
 _SHARED_TENSORS = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr", "alibi_ptr")

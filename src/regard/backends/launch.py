@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,22 +37,29 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 
 
 def new_results(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """Memory for out and lse.
+    """Memory for out and lse."""
+    return allocate(*results_without_memory(config, inputs))
 
-    Allocated like tensors of one element that are kept: half the host time of giving shape, dtype and device anew.
+
+def results_without_memory(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Tensors of one element with the looks of out and lse, kept with the config.
+
+    To allocate like them takes half the host time of giving shape, dtype and device anew.
     """
     q = inputs.q
-    key = (new_results, q.device)
+    key = (results_without_memory, q.device)
     if key not in config.prepared:
         config.prepared[key] = (
             q.new_empty(()).expand(inputs.out_shape),
             q.new_empty((), dtype=torch.float32).expand(inputs.lse_shape),
         )
-    out, lse = config.prepared[key]
-    return (
-        torch.empty_like(out, memory_format=torch.contiguous_format),
-        torch.empty_like(lse, memory_format=torch.contiguous_format),
-    )
+    found: tuple[Tensor, Tensor] = config.prepared[key]
+    return found
+
+
+def allocate(out: Tensor, lse: Tensor, form: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, Tensor]:
+    """Contiguous memory for tensors like these."""
+    return torch.empty_like(out, memory_format=form), torch.empty_like(lse, memory_format=form)
 
 
 def appearance(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
@@ -99,3 +106,49 @@ def launch_and_remember(
     compiled = launch.run(device)
     if compiled is not None:
         launches[key] = Repetition(launch, compiled, tensors, device)
+
+
+class PlainCalls:
+    """A `regard.registry.Shortcut`: of calls of q, k and v alone only addresses change, once their launch is known.
+
+    Until then, and where it is another one (at addresses that are no multiples of 16, or on a device that is not
+    current), a call goes through the backend's forward.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[AttentionConfig, AttentionInputs], tuple[Tensor, Tensor | None]],
+        config: AttentionConfig,
+        layout: str,
+        key: Callable[[AttentionInputs], Any],
+        arguments: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Sequence[Tensor | None]],
+    ) -> None:
+        """Args:
+        forward: of the backend; must launch on q, k and v as they are.
+        config, layout: of the calls.
+        key: under what ``forward`` keeps its `Repetition`.
+        arguments: what that is to be run on, given q, k, v, out and lse, of which only the addresses are right.
+        """
+        self._forward, self._config, self._transposed = forward, config, layout == "bhsd"
+        self._key, self._arguments = key, arguments
+        self._known: tuple[Repetition, int | None, Tensor, Tensor] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
+        if self._known is None or not aligned:
+            return self._long_way(q, k, v, aligned)
+        repetition, device, out_like, lse_like = self._known
+        if torch.cuda.current_device() != device:
+            return self._long_way(q, k, v, False)
+        out, lse = allocate(out_like, lse_like)
+        repetition.run(self._arguments(q, k, v, out, lse))
+        return out.transpose(1, 2) if self._transposed else out
+
+    def _long_way(self, q: Tensor, k: Tensor, v: Tensor, usual: bool) -> Tensor:
+        if self._transposed:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        inputs = AttentionInputs(q, k, v)
+        out, _ = self._forward(self._config, inputs)
+        if usual and (found := self._config.prepared.get(self._key(inputs))) is not None:
+            self._known = found, q.device.index, *results_without_memory(self._config, inputs)
+        return out.transpose(1, 2) if self._transposed else out
