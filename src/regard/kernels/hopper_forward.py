@@ -169,8 +169,8 @@ def load_tiles(call):
                     position = start_q + first + warpgroup * (ROWS // call.PACK)
                     call.queries.copy(tile * WARPGROUPS + warpgroup, call.q_desc, [plane, head, position, 0, 0])
             if block == high - low - 1:
-                # Only now, for a tile claimed early waits behind a long one; and not later, for the counter answers while
-                # the last values wait for their stage.
+                # Not earlier, for the tile would wait behind this one; and not later, for the counter answers while the
+                # last values wait for their stage.
                 index = gl.num_programs(0) + gl.atomic_add(call.counter_ptr, 1)
             call.values.copy(step, call.v_desc, [plane, head // call.group, row, 0])
             step += 1
