@@ -33,6 +33,7 @@ from regard.registry import Gradients, Shortcut
 MAX_HEAD_DIM = 256
 _INTERPRETER_ARCH = "sm80"
 _LARGEST_TILE = 256  # rows or columns
+_LEAST_SOFTCAP = 1e-6  # by far smaller ones make 0 / 0 of a score in float32
 
 
 class FlashBackend:
@@ -61,7 +62,7 @@ class FlashBackend:
             reasons.append(Reason("head_dim", str(head_dim), f"at most {MAX_HEAD_DIM}"))
         if config.page_size is not None and config.requires_grad:
             reasons.append(Reason("backward", "a gradient through a paged KV cache", "contiguous keys and values"))
-        return reasons
+        return [*reasons, *softcap_reasons(config)]
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
         return config.kv_layout
@@ -393,6 +394,18 @@ def _backward_arguments(grad_out: Tensor, row_lse: Tensor, delta: Tensor) -> dic
         delta_ptr=delta,
         lse_strides=_lse_strides(row_lse),
     )
+
+
+def softcap_reasons(config: AttentionConfig) -> list[Reason]:
+    """Against a softcap that the kernels' tanh is too coarse for: it errs by 2**-23, and a score by that times the cap.
+
+    From a greatest cap on that is more than the products of the inputs err by.
+    """
+    greatest = 2**7 if config.dtype == torch.float32 else 2**12
+    if config.softcap <= 0 or _LEAST_SOFTCAP <= config.softcap <= greatest:
+        return []
+    needed = f"0 or {_LEAST_SOFTCAP} to {greatest} in {str(config.dtype).removeprefix('torch.')}"
+    return [Reason("softcap", str(config.softcap), needed, "reference takes any")]
 
 
 def bounded_band(config: AttentionConfig) -> tuple[int | None, int | None]:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.flash import bounded_band, new_gradients, prepare_rows, sink_gradient, triton_reason
+from regard.backends.flash import (
+    bounded_band,
+    new_gradients,
+    prepare_rows,
+    sink_gradient,
+    softcap_reasons,
+    triton_reason,
+)
 from regard.backends.launch import (
     Launch,
     PlainCalls,
@@ -70,7 +77,7 @@ class HopperBackend:
             observed = f"a gradient with {feature} at head dim {head_dim}"
             needed = f"head dims above {_LEAST_TWO_PASS_HEAD_DIM}"
             reasons.append(Reason("backward", observed, needed, "flash is faster: this takes two passes here"))
-        return reasons
+        return [*reasons, *softcap_reasons(config)]
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
         return KvCacheLayout.PACKED if config.varlen else KvCacheLayout.CONTIGUOUS

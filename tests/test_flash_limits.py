@@ -1,10 +1,10 @@
-"""Offsets inside a tile that 32 bits do not hold, in the portable kernels."""
+"""Where 32 bits end in the portable kernels: offsets inside a tile, and tanh."""
 
 import pytest
 import torch
 
 import regard
-from regard import AttentionInputs
+from regard import AttentionConfig, AttentionInputs
 from regard.backends import flash
 
 FAR = 2**30  # three elements this far apart, or a row and a dim of two each, reach 2**31
@@ -62,3 +62,33 @@ def test_elements_far_apart(shape, strides, arch, name, monkeypatch):
         results.append((out, *torch.autograd.grad(out.float().square().sum(), tuple(tensors.values()))))
     for expected, found in zip(*results, strict=True):
         assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("softcap", [2.0, 128.0])
+def test_scores_are_capped_exactly(softcap):
+    """A tanh made of one exponential is as exact as the products of float32, up to the greatest cap that is served."""
+    q, k, v = (4 * torch.randn(1, 40, 2, 64) for _ in range(3))
+    call = {"softcap": softcap, "return_lse": True}
+    wanted = regard.attention(q.double(), k.double(), v.double(), backend="reference", **call)
+    plain = regard.attention(q, k, v, backend="reference", **call)
+    if torch.cuda.is_available():
+        q, k, v = q.cuda(), k.cuda(), v.cuda()
+    for found, expected, torchs in zip(regard.attention(q, k, v, backend="flash", **call), wanted, plain, strict=True):
+        error, torchs_error = ((each.cpu().double() - expected).abs().max() for each in (found, torchs))
+        assert error <= 2 * torchs_error + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("softcap", "dtype", "served"),
+    [(0.0, "float32", True), (128.0, "float32", True), (129.0, "float32", False), (1e30, "bfloat16", False),
+     (4096.0, "float16", True), (5000, "float16", False), (1e-40, "bfloat16", False)],
+)  # fmt: skip
+def test_a_softcap_that_tanh_is_too_coarse_for_is_left_to_others(softcap, dtype, served):
+    config = AttentionConfig(
+        1, 8, 8, 2, 2, 64, dtype=getattr(torch, dtype), device="cuda", arch="sm90", softcap=softcap
+    )
+    explanation = regard.explain(config)
+    for backend in ("flash", "hopper"):
+        found = [reason.observed for reason in explanation.reasons(backend) if reason.code == "softcap"]
+        assert found == ([] if served else [str(softcap)])
+    assert explanation.chosen.backend == "reference" or served
