@@ -101,6 +101,7 @@ BAD_ATTENTION = [
     ("return_lse", {"return_lse": "yes"}),
     ("deterministic", {"deterministic": 0}),
     ("window", {"window": (-1, 0)}),
+    ("window", {"window": (0, 2**63)}),
     ("window", {"window": (1, -2)}),
     ("window", {"window": (1, 2, 3)}),
     ("window", {"window": (1.0, 2)}),

@@ -487,6 +487,8 @@ def _check_semantics(config: AttentionConfig) -> None:
                 raise ConfigError("window", config.window, "ints or None")
             if bound is not None and bound < 0:
                 raise ConfigError("window", config.window, "sizes of at least 0 (None is unlimited)")
+            if isinstance(bound, int) and bound >= 2**63:
+                raise ConfigError("window", config.window, "sizes that 64 bits hold (None is unlimited)")
     full = (config.batch, config.heads_q, config.seqlen_q, config.seqlen_k)
     for name, shape in (("mask", config.mask_shape), ("bias", config.bias_shape)):
         if shape is not None and (
