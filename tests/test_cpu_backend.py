@@ -49,9 +49,10 @@ def test_nan_of_a_hidden_key_does_not_leak():
     torch.testing.assert_close(lse, expected_lse)
 
 
-def test_nan_of_a_sink_stays_in_its_head():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_of_a_sink_stays_in_its_head(value):
     q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
-    results = both(q, k, v, sinks=torch.tensor([float("nan"), 0.0]))
+    results = both(q, k, v, sinks=torch.tensor([value, 0.0]))
     for out, lse in results:
         assert out[:, :, 0].isnan().all() and lse[:, 0].isnan().all()
     torch.testing.assert_close(*results, equal_nan=True)

@@ -305,6 +305,7 @@ def _attend(piece: _Piece) -> tuple[Tensor, Tensor]:
         out, lse = _attend_fused(piece)
     if piece.sinks is not None:
         sinks = piece.sinks.to(lse.dtype)[:, None]
+        sinks = sinks.masked_fill(sinks == _INF, math.nan)  # as an infinite score: inf / inf
         # The share of the softmax that the sink leaves to the keys; where both are -inf there is none to share.
         share = torch.sigmoid(lse - sinks)
         lse = torch.logaddexp(lse, sinks)
