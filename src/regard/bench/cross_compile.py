@@ -93,13 +93,13 @@ def source_of(kernel: Any, arguments: Mapping[str, Any], arch: str) -> ASTSource
 
 
 def tile_of(arguments: Mapping[str, Any], options: Mapping[str, int]) -> tuple[str, int]:
-    """A launch's tile, BLOCK_M x BLOCK_N or "" where it has none, and the depth of its pipeline."""
+    """A launch's tile, BLOCK_M x BLOCK_N or "" where it has none, and the depth of its pipeline: 1 where it has none."""
     sizes = [arguments.get(name) for name in ("BLOCK_M", "BLOCK_N")]
     stages = [options.get("num_stages"), arguments.get("KEY_STAGES"), arguments.get("STAGES")]
     if "k_desc" in arguments:  # the Hopper backward has these as constants, and two stages where it names none
         sizes = [size or arguments[name].block_shape[2] for size, name in zip(sizes, ("q_desc", "k_desc"), strict=True)]
         stages.append(2)
-    return "x".join(str(size) for size in sizes if size), next(stage for stage in stages if stage is not None)
+    return "x".join(str(size) for size in sizes if size), next((stage for stage in stages if stage is not None), 1)
 
 
 def footprint(compiled: Any, arch: str) -> Footprint:
