@@ -36,7 +36,8 @@ MAX_HEAD_DIM = 256
 _ONE_PASS_HEAD_DIM = 128  # beyond, the backward in one pass keeps too few keys in registers
 _LEAST_TWO_PASS_HEAD_DIM = 64  # up to here, flash's two passes are faster
 _TMA_BYTES = 16  # granularity of the addresses and strides that TMA can follow
-_L2_SHARE = 32 * 2**20  # bytes of keys and values that tiles in flight may share: most of an H200's 50 MB
+_SUMS_ROW = 128  # values in a row of the sums of dQ, as TMA sees them
+_L2_SHARE = 32 * 2**20  # bytes of keys and values (backward: queries) for tiles in flight: most of an H200's 50 MB
 
 _LEFT_TO_FLASH = "flash serves such calls: a tile of it for every key tile has no room beside the pipeline"
 
@@ -117,9 +118,16 @@ class HopperBackend:
             for launch in two_pass_launches(config, inputs, grad_out, row_lse, delta, inputs._replace(**found)):
                 launch.run(grad_out.device)
         else:
-            sums = torch.zeros_like(dq, dtype=torch.float32)
-            backward_launch(config, inputs, grad_out, row_lse, delta, sums, dk, dv).run(grad_out.device)
-            torch.mul(sums, config.softmax_scale, out=dq)
+            device = grad_out.device
+            sums = torch.zeros(query_sums_shape(config), dtype=torch.float32, device=device)
+            counter = _counter(device)
+            for launch in (
+                backward_launch(
+                    config, inputs, grad_out, row_lse, delta, sums, dk, dv, counter, _multiprocessors(device)
+                ),
+                finish_launch(config, inputs, sums, dq),
+            ):
+                launch.run(device)
         if inputs.sinks is not None:
             found["sinks"] = sink_gradient(inputs, row_lse, delta).to(inputs.sinks.dtype)
         return {**found}
@@ -216,6 +224,28 @@ def forward_launch(
     return Launch(attention_forward, min(multiprocessors, tiles), _wanted(attention_forward, arguments), options)
 
 
+def query_sums_shape(config: AttentionConfig) -> tuple[int, int]:
+    """Shape of the fp32 sums of dQ in one pass: what `regard.kernels.hopper_backward.blocks_of_sums` counts, each block
+    in two parts, as rows of 128.
+    """
+    block_m = hopper_tuning.backward_block_m(config.head_dim, config.head_dim_v)
+    if config.varlen:
+        blocks = config.heads_q * ((config.total_q or 0) // block_m + config.batch)
+    else:
+        blocks = config.batch * config.heads_q * -(-config.seqlen_q // block_m)
+    return blocks * 2 * _rows_of_a_part(config), _SUMS_ROW
+
+
+def _rows_of_a_part(config: AttentionConfig) -> int:
+    """Rows of 128 that a warpgroup's part of a block of dQ takes."""
+    block_m = hopper_tuning.backward_block_m(config.head_dim, config.head_dim_v)
+    return block_m * _backward_block_d(config.head_dim) // (2 * _SUMS_ROW)
+
+
+def _backward_block_d(head_dim: int) -> int:
+    return max(64, tuning.padded_head_dim(head_dim))
+
+
 def backward_launch(
     config: AttentionConfig,
     inputs: AttentionInputs,
@@ -225,6 +255,8 @@ def backward_launch(
     sums: Tensor,
     dk: Tensor,
     dv: Tensor,
+    counter: Tensor,
+    multiprocessors: int,
 ) -> Launch:
     """The backward kernel's launch for one call: fills dk and dv, and adds dQ, but for the scale, to ``sums``.
 
@@ -232,12 +264,15 @@ def backward_launch(
         config, inputs: the call.
         grad_out: gradient of the output, as TMA can read it.
         row_lse, delta: see `regard.kernels.backward.row_terms`.
-        sums: contiguous fp32 zeros of q's shape.
+        sums: fp32 zeros of `query_sums_shape`, for `finish_launch`.
         dk, dv: contiguous, of k's and v's shapes.
+        counter, multiprocessors: as for `forward_launch`.
     """
     from regard.kernels.hopper_backward import BLOCK_N, KEYS, attention_backward
 
-    block_d, block_dv = (max(64, tuning.padded_head_dim(d)) for d in (config.head_dim, config.head_dim_v))
+    block_d, block_dv = (_backward_block_d(d) for d in (config.head_dim, config.head_dim_v))
+    row_bytes = (config.head_dim + config.head_dim_v) * config.dtype.itemsize + config.head_dim * sums.element_size()
+    query_bytes = row_bytes * config.seqlen_q * (config.heads_q // config.heads_kv)
     block_m = hopper_tuning.backward_block_m(config.head_dim, config.head_dim_v)
     arguments = dict(
         **_shared_arguments(config, inputs),
@@ -245,22 +280,44 @@ def backward_launch(
         k_desc=_descriptor(_readable_by_tma(inputs.k), BLOCK_N.value, block_d),
         v_desc=_descriptor(_readable_by_tma(inputs.v), BLOCK_N.value, block_dv),
         grad_out_desc=_descriptor(grad_out, block_m, block_dv),
-        dq_desc=_descriptor(sums, hopper_tuning.ROWS, block_d if block_m == 128 else block_d // 2),
+        dq_desc=_described(sums, sums, (_rows_of_a_part(config), _SUMS_ROW), swizzled=False),
         dk_desc=_descriptor(dk, KEYS.value, block_d),
         dv_desc=_descriptor(dv, KEYS.value, block_dv),
         dk_ptr=dk,
         dv_ptr=dv,
         row_lse_ptr=row_lse,
         delta_ptr=delta,
+        counter_ptr=counter,
         heads=config.heads_q,
         heads_kv=config.heads_kv,
+        section=max(1, _L2_SHARE // max(query_bytes, 1)),
         HEAD_DIM=config.head_dim,
         BLOCK_M=block_m,
         STAGES=2,
+        KEY_STAGES=2,
+        VALUE_STAGES=2 if block_m == 128 else 1,  # what shared memory has room for
         RAGGED=_cut(config, BLOCK_N.value),
     )
-    programs = -(-config.seqlen_k // BLOCK_N.value) * config.batch * config.heads_kv
+    programs = min(multiprocessors, -(-config.seqlen_k // BLOCK_N.value) * config.batch * config.heads_kv)
     return Launch(attention_backward, programs, _wanted(attention_backward, arguments), dict(num_warps=4, maxnreg=168))
+
+
+def finish_launch(config: AttentionConfig, inputs: AttentionInputs, sums: Tensor, dq: Tensor) -> Launch:
+    """The launch that fills dq, contiguous and of q's shape, from the sums of `backward_launch`."""
+    from regard.kernels.hopper_backward import finish_queries
+
+    block_m = hopper_tuning.backward_block_m(config.head_dim, config.head_dim_v)
+    arguments = dict(
+        **_shared_arguments(config, inputs),
+        sums_ptr=sums,
+        dq_ptr=dq,
+        heads=config.heads_q,
+        HEAD_DIM=config.head_dim,
+        BLOCK_M=block_m,
+        COLUMNS=_rows_of_a_part(config) * _SUMS_ROW // hopper_tuning.ROWS,
+    )
+    programs = 2 * -(-config.seqlen_q // block_m) * config.batch * config.heads_q
+    return Launch(finish_queries, programs, _wanted(finish_queries, arguments), dict(num_warps=4))
 
 
 def two_pass_launches(
@@ -279,7 +336,7 @@ def two_pass_launches(
 
     rows = hopper_tuning.ROWS
     tile = hopper_tuning.two_pass_tile(config.head_dim, config.head_dim_v)
-    block_d, block_dv = (max(64, tuning.padded_head_dim(d)) for d in (config.head_dim, config.head_dim_v))
+    block_d, block_dv = (_backward_block_d(d) for d in (config.head_dim, config.head_dim_v))
     q = _readable_by_tma(inputs.q)
     arguments = dict(
         **_shared_arguments(config, inputs),
@@ -389,18 +446,22 @@ def _batched(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 4 else tensor.unsqueeze(0)
 
 
-def _described(tensor: Tensor, view: Tensor, block: tuple[int, ...]) -> Any:
+def _described(tensor: Tensor, view: Tensor, block: tuple[int, ...], swizzled: bool = True) -> Any:
     """TMA descriptor of a tensor in the shape of a view of it."""
-    return with_tensor(_template(tuple(view.shape), view.stride(), block, tensor.dtype), tensor)
+    return with_tensor(_template(tuple(view.shape), view.stride(), block, tensor.dtype, swizzled), tensor)
 
 
 @functools.lru_cache(maxsize=1024)
-def _template(shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype) -> Any:
+def _template(
+    shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype, swizzled: bool
+) -> Any:
     """A descriptor without its tensor: what takes time to make and check depends on shapes alone."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
+    layout = gl.NVMMASharedLayout(0, 8 * dtype.itemsize, len(block))
+    if swizzled:
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
     nowhere = torch.empty(0, dtype=dtype, device="meta")
     return TensorDescriptor(nowhere, list(shape), list(strides), list(block), layout)
 

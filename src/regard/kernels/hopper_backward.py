@@ -4,14 +4,20 @@ Dao 2023, "FlashAttention-2", algorithm 2, with the roles of Shah et al. 2024, "
 streams the queries that see a key tile; two consumer warpgroups keep 64 keys each, with keys as the rows of S and dP,
 so that P and dS feed the products for dV and dK from registers. dS also goes to shared memory, where both warpgroups
 read it for a part of dQ each. Query heads of one key/value head follow each other, so that dK and dV are summed over
-the group in registers.
+the group in registers. Programs are persistent, as in the forward: the producer fetches the next key tile from a
+counter in global memory and hands its record to the consumers, and its keys, values and first queries are there before
+the last tile is done.
+
+dQ is summed in fp32 in the order in which the registers of a warpgroup hold a product, so that its way through shared
+memory has no bank conflicts; `finish_queries` brings it in its place.
 """
 
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -21,29 +27,39 @@ from regard.kernels.hopper_pipeline import (
     SIZES,
     Ring,
     anew,
+    claim_tile,
     clear_rows,
-    copy_in,
     copy_out,
+    leave_counters,
     make_companion,
     make_ring,
     matrix,
     optional,
     place_of,
+    read_field,
     record,
     reduce_out,
     stages_for,
     store_rows,
     transposed,
+    view_as,
+    write_record,
 )
 from regard.kernels.hopper_softmax import LOG2_E
+from regard.kernels.scores import sequence_bounds
 
 KEYS = gl.constexpr(64)  # of a warpgroup
-BLOCK_N = gl.constexpr(128)  # of a program: two warpgroups
+BLOCK_N = gl.constexpr(128)  # of a tile: two warpgroups
+RECORD = gl.constexpr(16)  # integers that a tile's record has room for
+# Its fields. ``EXISTS`` is 0 in the one that says that there are no more tiles; ``SHIFT`` is length_k - length_q.
+EXISTS, FIRST_KEY, HEAD_K, SEQUENCE, START_Q, START_K, LENGTH_K, SHIFT, LOW, FULL_LOW, FULL_HIGH, HIGH = map(
+    gl.constexpr, range(12)
+)
 
 
 @record
 class Call:
-    """What both roles know: the arguments of `attention_backward`, where the program is, and the shared memory."""
+    """What both roles know: the arguments of `attention_backward`, and the shared memory they meet in."""
 
     q_desc: tma.tensor_descriptor
     k_desc: tma.tensor_descriptor
@@ -56,38 +72,33 @@ class Call:
     dv_ptr: gl.tensor
     row_lse_ptr: gl.tensor
     delta_ptr: gl.tensor
+    counter_ptr: gl.tensor
+    cu_seqlens_q_ptr: optional
+    cu_seqlens_k_ptr: optional
+    kv_lens_ptr: optional
     alibi_ptr: optional
+    batch: optional
+    heads: optional
+    heads_kv: optional
+    seqlen_q: optional
+    seqlen_k: optional
+    total_q: optional
+    total_k: optional
+    section: optional
     scale: gl.tensor
     window_left: optional
     right_reach: optional
-    heads: optional
-    heads_kv: optional
-    rows: optional
-    sequence: optional
-    plane: optional
-    head_k: optional
-    first_key: optional
-    start_q: optional
-    start_k: optional
-    length_q: optional
-    length_k: optional
-    low: optional
-    full_low: optional
-    full_high: optional
-    high: optional
     queries: Ring
     grads: Ring
     terms: Ring
     scores: Ring
-    k_tiles: gl.shared_memory_descriptor
-    v_tiles: gl.shared_memory_descriptor
-    dq_tiles: gl.shared_memory_descriptor
-    loaded: gl.shared_memory_descriptor
+    keys: Ring
+    values: Ring
+    records: Ring
+    stages_out: gl.shared_memory_descriptor
     HEAD_DIM: gl.constexpr
     HEAD_DIM_V: gl.constexpr
     BLOCK_M: gl.constexpr
-    VARLEN: gl.constexpr
-    UNCLEAN: gl.constexpr
     RAGGED: gl.constexpr
 
 
@@ -122,31 +133,79 @@ def query_blocks(first, length_q, length_k, window_left, right_reach, BLOCK_M: g
 
 
 @gluon.jit
+def tile_of(index, blocks_n, batch, heads_kv, section):
+    """First key, key/value head and sequence of a tile.
+
+    Sections of heads whose queries fit in L2 together; inside, one block of every head in turn. With a causal bound
+    the first keys are seen by most queries: the longest tiles come first.
+    """
+    first_head = index // (section * blocks_n) * section
+    heads_here = gl.minimum(section, batch * heads_kv - first_head)
+    within = index - first_head * blocks_n
+    head = first_head + within % heads_here
+    return within // heads_here * BLOCK_N, head % heads_kv, head // heads_kv
+
+
+@gluon.jit
 def load_tiles(call):
-    """Producer: the key tile once, then the queries, output gradients and row terms of every block that sees it."""
-    mbarrier.expect(call.loaded, call.k_desc.block_type.nbytes + call.v_desc.block_type.nbytes)
-    place = [call.plane, call.head_k, call.start_k + call.first_key, 0]
-    copy_in(call.k_desc, place, call.loaded, call.k_tiles.index(0))
-    copy_in(call.v_desc, place, call.loaded, call.v_tiles.index(0))
-    layout: gl.constexpr = gl.BlockedLayout([call.BLOCK_M // 32], [32], [1], [0])
-    row = gl.arange(0, call.BLOCK_M, layout=layout)
+    """Producer: fetch key tiles until there are none left; for each, stream the queries, output gradients and row terms
+    of every block that sees it.
+    """
+    blocks_n = gl.cdiv(call.seqlen_k, BLOCK_N)
+    total = call.batch * call.heads_kv * blocks_n
     group = call.heads // call.heads_kv
+    index = gl.program_id(0)
+    tile = 0
+    filled = 0
     step = 0
-    for member in range(group):
-        head = call.head_k * group + member
-        terms = (call.plane * call.heads + head).to(gl.int64) * call.rows + call.start_q
-        for block in range(call.low, call.high):
-            first = block * call.BLOCK_M
-            place = [call.plane, head, call.start_q + first, 0]
-            call.queries.copy(step, call.q_desc, place)
-            call.grads.copy(step, call.grad_out_desc, place)
-            exists = first + row < call.length_q
-            row_lse = gl.load(call.row_lse_ptr + terms + first + row, mask=exists, other=float("inf"))
-            delta = gl.load(call.delta_ptr + terms + first + row, mask=exists, other=0.0)
-            call.terms.tile(step).slice(0, call.BLOCK_M).store(-row_lse / (call.scale * LOG2_E))
-            call.terms.tile(step).slice(call.BLOCK_M, call.BLOCK_M).store(-delta)
-            call.terms.publish(step)
-            step += 1
+    while index < total:
+        first_key, head_k, sequence = tile_of(index, blocks_n, call.batch, call.heads_kv, call.section)
+        start_q, length_q, start_k, length_k, plane, rows = place_of(
+            sequence, call.cu_seqlens_q_ptr, call.cu_seqlens_k_ptr, call.kv_lens_ptr, call.seqlen_q, call.seqlen_k,
+            call.total_q, call.total_k,
+        )  # fmt: skip
+        exists = True
+        if call.cu_seqlens_k_ptr is not None:
+            exists = first_key < length_k
+        if exists:
+            low, full_low, full_high, high = query_blocks(
+                first_key, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_M, BLOCK_N
+            )
+            fields = (1, first_key, head_k, sequence, start_q, start_k, length_k, length_k - length_q, low, full_low,
+                      full_high, high)  # fmt: skip
+            write_record(call.records, tile, fields)
+            tile += 1
+            key_place = [plane, head_k, start_k + first_key, 0]
+            for member in range(group):
+                for block in range(low, high):
+                    opens = (member == 0) & (block == low)
+                    if opens:
+                        call.keys.copy(filled, call.k_desc, key_place)
+                    load_block(call, step, plane, head_k * group + member, block, start_q, length_q, rows)
+                    if opens:
+                        call.values.copy(filled, call.v_desc, key_place)
+                        filled += 1
+                    step += 1
+        index = claim_tile(call.counter_ptr)
+    write_record(call.records, tile, (0, 0))
+    leave_counters(call.counter_ptr)
+
+
+@gluon.jit
+def load_block(call, step, plane, head, block, start_q, length_q, rows):
+    """Producer: queries, output gradients and row terms of one block."""
+    row = gl.arange(0, call.BLOCK_M, layout=gl.BlockedLayout([call.BLOCK_M // 32], [32], [1], [0]))
+    first = block * call.BLOCK_M
+    place = [plane, head, start_q + first, 0]
+    call.queries.copy(step, call.q_desc, place)
+    call.grads.copy(step, call.grad_out_desc, place)
+    exists = first + row < length_q
+    at = (plane * call.heads + head).to(gl.int64) * rows + start_q + first + row
+    row_lse = gl.load(call.row_lse_ptr + at, mask=exists, other=float("inf"))
+    delta = gl.load(call.delta_ptr + at, mask=exists, other=0.0)
+    call.terms.tile(step).slice(0, call.BLOCK_M).store(-row_lse / (call.scale * LOG2_E))
+    call.terms.tile(step).slice(call.BLOCK_M, call.BLOCK_M).store(-delta)
+    call.terms.publish(step)
 
 
 @gluon.jit
@@ -170,158 +229,231 @@ def visible_pairs(key, distance, length_k, window_left, right_reach):
 
 
 @gluon.jit
-def softmax_gradient(s, dp, key, query, shift, length_k, slope, scale, window_left, right_reach, edge):
-    """P and dS (but for the scale) of a tile whose rows are keys and whose columns are queries.
-
-    ``s`` is S - lse / scale, ``dp`` is dP - delta; ``edge``: whether some pair may be hidden.
+def distances(call, tile, block, keys, queries):
+    """How far each query of a block lies behind each key: 0 on the diagonal. ``keys``, ``queries``: their numbers in
+    the tile and in the block.
     """
-    distance = query[None, :] + shift - key[:, None]
-    if edge:
-        visible = visible_pairs(key[:, None], distance, length_k, window_left, right_reach)
-        s = gl.where(visible, s, float("-inf"))
-    logits = s * (scale * LOG2_E)
+    query = block * call.BLOCK_M + queries + read_field(call.records, tile, SHIFT)
+    return query[None, :] - (read_field(call.records, tile, FIRST_KEY) + keys)[:, None]
+
+
+@gluon.jit
+def softmax_weights(s, call, tile, block, keys, queries, slope, edge):
+    """P of a tile whose rows are keys and whose columns are queries, from S - lse / scale. ``edge``: whether some pair
+    may be hidden.
+    """
+    if call.RAGGED or call.window_left is not None or call.right_reach is not None:
+        if edge:
+            key = (read_field(call.records, tile, FIRST_KEY) + keys)[:, None]
+            length_k = read_field(call.records, tile, LENGTH_K)
+            distance = distances(call, tile, block, keys, queries)
+            visible = visible_pairs(key, distance, length_k, call.window_left, call.right_reach)
+            s = gl.where(visible, s, float("-inf"))
+    logits = s * (call.scale * LOG2_E)
     if slope is not None:
-        logits -= slope * LOG2_E * gl.abs(distance).to(gl.float32)
-    p = gl.exp2(logits)
-    return p, p * dp
+        logits -= slope * LOG2_E * gl.abs(distances(call, tile, block, keys, queries)).to(gl.float32)
+    return gl.exp2(logits)
 
 
 @gluon.jit
 def accumulate(WARPGROUP: gl.constexpr, call):
-    """Consumer: dK and dV of 64 keys, and a part of dQ of every block of queries."""
+    """Consumer: dK and dV of 64 keys, and a part of dQ of every block of queries, tile after tile."""
     HEAD_DIM: gl.constexpr = call.q_desc.block_type.shape[3]
     HEAD_DIM_V: gl.constexpr = call.v_desc.block_type.shape[3]
-    dtype: gl.constexpr = call.k_tiles.dtype
-    DQ_COLUMNS: gl.constexpr = call.dq_desc.block_type.shape[3]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_M, 16])
+    MASKED: gl.constexpr = call.RAGGED or call.window_left is not None or call.right_reach is not None
+    dtype: gl.constexpr = call.keys.tiles.dtype
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM_V, 16])
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, dv_layout, 2)
-    ds_layout: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
-    of_keys: gl.constexpr = gl.SliceLayout(1, s_layout)
-    of_queries: gl.constexpr = gl.SliceLayout(0, s_layout)
-
-    zeros = gl.zeros([KEYS, call.BLOCK_M], gl.float32, layout=s_layout)
-    zeros_dq = gl.zeros([64, DQ_COLUMNS], gl.float32, layout=dq_layout)
-    dk = gl.zeros([KEYS, HEAD_DIM], gl.float32, layout=dk_layout)
-    dv = gl.zeros([KEYS, HEAD_DIM_V], gl.float32, layout=dv_layout)
-    my_key: gl.constexpr = WARPGROUP * KEYS
-    key = call.first_key + my_key + gl.arange(0, KEYS, layout=of_keys)
-    column = gl.arange(0, call.BLOCK_M, layout=of_queries)
-    shift = call.length_k - call.length_q
-    my_k = matrix(call.k_tiles.index(0)).slice(my_key, KEYS, dim=0)
-    my_v = matrix(call.v_tiles.index(0)).slice(my_key, KEYS, dim=0)
-
     group = call.heads // call.heads_kv
+
+    tile = 0
+    filled = 0
     step = 0
-    last_head = 0 * call.head_k
-    last_row = 0 * call.head_k
-    mbarrier.wait(call.loaded, 0)
-    if call.UNCLEAN:
-        clear_rows(my_k, call.length_k - call.first_key - my_key)
-        clear_rows(my_v, call.length_k - call.first_key - my_key)
-    for member in range(group):
-        head = call.head_k * group + member
-        slope = None
-        if call.alibi_ptr is not None:
-            slope = gl.load(call.alibi_ptr + call.sequence * call.heads + head)
-        for block in range(call.low, call.high):
-            edge = False
-            if call.RAGGED or call.window_left is not None or call.right_reach is not None:
-                edge = (block < call.full_low) | (block >= call.full_high)
-            call.terms.wait(step)
-            terms = call.terms.tile(step)
-            # The products start from what is to be taken off them: exp2(S * scale - lse) and dP - delta.
-            minus_lse = spread(terms.slice(0, call.BLOCK_M).load(of_queries), zeros)
-            minus_delta = spread(terms.slice(call.BLOCK_M, call.BLOCK_M).load(of_queries), zeros)
-            call.queries.wait(step)
-            only = anew(0)
-            my_k = matrix(call.k_tiles.index(only)).slice(my_key, KEYS, dim=0)
-            my_v = matrix(call.v_tiles.index(only)).slice(my_key, KEYS, dim=0)
-            s = warpgroup_mma(my_k, transposed(call.queries, step), minus_lse, is_async=True)
-            call.grads.wait(step)
-            dp = warpgroup_mma(my_v, transposed(call.grads, step), minus_delta, is_async=True)
-            s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-            p, ds = softmax_gradient(
-                s, dp, key, block * call.BLOCK_M + column, shift, call.length_k, slope, call.scale,
-                call.window_left, call.right_reach, edge,
-            )  # fmt: skip
-            narrow_p = gl.convert_layout(p.to(dtype), p_layout)
-            narrow_ds = ds.to(dtype)
-            call.scores.acquire(step)
-            call.scores.tile(step).slice(my_key, KEYS, dim=0).store(narrow_ds)
-            fence_async_shared()
-            call.scores.publish(step)
-            dv = warpgroup_mma(narrow_p, matrix(call.grads.tile(step)), dv, is_async=True)
-            dk = warpgroup_mma(
-                gl.convert_layout(narrow_ds, ds_layout), matrix(call.queries.tile(step)), dk, is_async=True
-            )
-            # dQ comes a step late, so that neither warpgroup waits for the other's dS.
-            if step > 0:
-                call.scores.wait(step - 1)
-            dq = query_gradient(call, WARPGROUP, step + 1, zeros_dq)
-            dv, dk = warpgroup_mma_wait(1, deps=(dv, dk))
-            call.queries.release(step)
-            dq = warpgroup_mma_wait(0, deps=(dq,))
-            if step > 0:
-                add_query_gradient(call, WARPGROUP, step - 1, dq, last_head, last_row)
-            last_head = head
-            last_row = call.start_q + block * call.BLOCK_M
-            step += 1
+    last_filled = 0
+    last_place = 0
+    call.records.wait(tile)
+    while read_field(call.records, tile, EXISTS) > 0:
+        dk = gl.zeros([KEYS, HEAD_DIM], gl.float32, layout=dk_layout)
+        dv = gl.zeros([KEYS, HEAD_DIM_V], gl.float32, layout=dv_layout)
+        low = read_field(call.records, tile, LOW)
+        high = read_field(call.records, tile, HIGH)
+        full_low = 0
+        full_high = 0
+        if MASKED:
+            full_low = read_field(call.records, tile, FULL_LOW)
+            full_high = read_field(call.records, tile, FULL_HIGH)
+        place = first_sum(call, tile)
+        if low < high:
+            await_keys(WARPGROUP, call, tile, filled)
+        for member in range(group):
+            slope = None
+            if call.alibi_ptr is not None:
+                head = read_field(call.records, tile, HEAD_K) * group + member
+                slope = gl.load(call.alibi_ptr + read_field(call.records, tile, SEQUENCE) * call.heads + head)
+            for block in range(low, high):
+                edge = False
+                if MASKED:
+                    edge = (block < full_low) | (block >= full_high)
+                dk, dv = attend_block(
+                    WARPGROUP, call, tile, filled, step, block, slope, edge, dk, dv, last_filled, last_place
+                )
+                last_filled = filled
+                last_place = place + block
+                step += 1
+            place += blocks_of_sums(call)
+        if low < high:
+            call.values.release(filled)
+            filled += 1
+        store_gradient(call.dv_desc, call.dv_ptr, WARPGROUP, call, tile, dv.to(dtype), call.HEAD_DIM_V)
+        store_gradient(call.dk_desc, call.dk_ptr, WARPGROUP, call, tile, (dk * call.scale).to(dtype), call.HEAD_DIM)
+        call.records.release(tile)
+        tile += 1
+        call.records.wait(tile)
     if step > 0:
         call.scores.wait(step - 1)
-        dq = query_gradient(call, WARPGROUP, step - 1, zeros_dq)
+        dq = query_gradient(call, WARPGROUP, step - 1, last_filled)
         dq = warpgroup_mma_wait(0, deps=(dq,))
-        add_query_gradient(call, WARPGROUP, step - 1, dq, last_head, last_row)
-    store_gradient(call.dk_desc, call.dk_ptr, call, my_key, (dk * call.scale).to(dtype), call.k_tiles, step,
-                   call.HEAD_DIM)  # fmt: skip
-    store_gradient(call.dv_desc, call.dv_ptr, call, my_key, dv.to(dtype), call.v_tiles, step, call.HEAD_DIM_V)
+        add_query_gradient(call, WARPGROUP, dq, last_place)
     tma.store_wait(0)
 
 
 @gluon.jit
-def query_gradient(call, WARPGROUP: gl.constexpr, step, zeros):
+def await_keys(WARPGROUP: gl.constexpr, call, tile, filled):
+    """Consumer: wait for a tile's keys and values, and clear those of its own that lie past the sequence."""
+    call.keys.wait(filled)
+    call.values.wait(filled)
+    if call.cu_seqlens_k_ptr is not None or call.kv_lens_ptr is not None:
+        my_key: gl.constexpr = WARPGROUP * KEYS
+        valid = read_field(call.records, tile, LENGTH_K) - read_field(call.records, tile, FIRST_KEY) - my_key
+        clear_rows(matrix(call.keys.tile(filled)).slice(my_key, KEYS, dim=0), valid)
+        clear_rows(matrix(call.values.tile(filled)).slice(my_key, KEYS, dim=0), valid)
+
+
+@gluon.jit
+def attend_block(
+    WARPGROUP: gl.constexpr, call, tile, filled, step, block, slope, edge, dk, dv, last_filled, last_place
+):  # fmt: skip
+    """Consumer: what a block of queries adds to dK and dV, and the last block's part of dQ.
+
+    dQ comes a step late, also from tile to tile, so that neither warpgroup waits for the other's dS. Its way through
+    shared memory overlaps with the product for dK.
+    """
+    dtype: gl.constexpr = call.keys.tiles.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_M, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
+    ds_layout: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    of_queries: gl.constexpr = gl.SliceLayout(0, s_layout)
+    my_key: gl.constexpr = WARPGROUP * KEYS
+    keys = my_key + gl.arange(0, KEYS, layout=gl.SliceLayout(1, s_layout))
+    queries = gl.arange(0, call.BLOCK_M, layout=of_queries)
+    zeros = gl.zeros([KEYS, call.BLOCK_M], gl.float32, layout=s_layout)
+
+    call.terms.wait(step)
+    terms = call.terms.tile(step)
+    # The products start from what is to be taken off them: exp2(S * scale - lse) and dP - delta.
+    minus_lse = spread(terms.slice(0, call.BLOCK_M).load(of_queries), zeros)
+    minus_delta = spread(terms.slice(call.BLOCK_M, call.BLOCK_M).load(of_queries), zeros)
+    call.queries.wait(step)
+    now = anew(filled)
+    my_k = matrix(call.keys.tile(now)).slice(my_key, KEYS, dim=0)
+    my_v = matrix(call.values.tile(now)).slice(my_key, KEYS, dim=0)
+    s = warpgroup_mma(my_k, transposed(call.queries, step), minus_lse, is_async=True)
+    call.grads.wait(step)
+    dp = warpgroup_mma(my_v, transposed(call.grads, step), minus_delta, is_async=True)
+    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+    p = softmax_weights(s, call, tile, block, keys, queries, slope, edge)
+    narrow_p = gl.convert_layout(p.to(dtype), p_layout)
+    narrow_ds = (p * dp).to(dtype)
+    call.scores.acquire(step)
+    call.scores.tile(step).slice(my_key, KEYS, dim=0).store(narrow_ds)
+    fence_async_shared()
+    call.scores.publish(step)
+    dv = warpgroup_mma(narrow_p, matrix(call.grads.tile(step)), dv, is_async=True)
+    if step > 0:
+        call.scores.wait(step - 1)
+    dq = query_gradient(call, WARPGROUP, step + 1, last_filled)
+    dk = warpgroup_mma(gl.convert_layout(narrow_ds, ds_layout), matrix(call.queries.tile(step)), dk, is_async=True)
+    dv, dq = warpgroup_mma_wait(1, deps=(dv, dq))
+    if step > 0:
+        call.scores.release(step - 1)
+        if last_filled != filled:
+            call.keys.release(last_filled)
+        add_query_gradient(call, WARPGROUP, dq, last_place)
+    dk = warpgroup_mma_wait(0, deps=(dk,))
+    call.queries.release(step)
+    return dk, dv
+
+
+@gluon.jit
+def query_gradient(call, WARPGROUP: gl.constexpr, step, filled):
     """Consumer: start a warpgroup's part of dQ = dS K: 64 rows where there are 64 for each, else half the columns."""
-    COLUMNS: gl.constexpr = call.dq_desc.block_type.shape[3]
+    HEAD_DIM: gl.constexpr = call.q_desc.block_type.shape[3]
+    COLUMNS: gl.constexpr = HEAD_DIM if call.BLOCK_M == 128 else HEAD_DIM // 2
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     ds = transposed(call.scores, step)
-    k = matrix(call.k_tiles.index(anew(0)))
+    k = matrix(call.keys.tile(anew(filled)))
     if call.BLOCK_M == 128:
         ds = ds.slice(WARPGROUP * 64, 64, dim=0)
     else:
         k = k.slice(WARPGROUP * COLUMNS, COLUMNS, dim=1)
-    return warpgroup_mma(ds, k, zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(ds, k, gl.zeros([64, COLUMNS], gl.float32, layout=dq_layout), use_acc=False, is_async=True)
 
 
 @gluon.jit
-def add_query_gradient(call, WARPGROUP: gl.constexpr, step, dq, head, first_row):
-    """Consumer: have TMA add a part of dQ to what other key tiles gave."""
-    COLUMNS: gl.constexpr = call.dq_desc.block_type.shape[3]
-    call.scores.release(step)
-    tile = call.dq_tiles.index(WARPGROUP)
+def blocks_of_sums(call):
+    """Blocks of dQ that a head has in the sums: those of packed sequences start at blocks of their own."""
+    if call.cu_seqlens_q_ptr is not None:
+        return call.total_q // call.BLOCK_M + call.batch
+    return gl.cdiv(call.seqlen_q, call.BLOCK_M)
+
+
+@gluon.jit
+def first_sum(call, tile):
+    """Where in the sums dQ of a tile's sequence and first head begins, in blocks."""
+    head = read_field(call.records, tile, HEAD_K) * (call.heads // call.heads_kv)
+    sequence = read_field(call.records, tile, SEQUENCE)
+    if call.cu_seqlens_q_ptr is not None:
+        return head * blocks_of_sums(call) + read_field(call.records, tile, START_Q) // call.BLOCK_M + sequence
+    return (sequence * call.heads + head) * blocks_of_sums(call)
+
+
+@gluon.jit
+def add_query_gradient(call, WARPGROUP: gl.constexpr, dq, place):
+    """Consumer: have TMA add a part of dQ to what other key tiles gave.
+
+    A thread holds four neighbouring values of each 16 x 8 tile of wgmma; `finish_queries` undoes this order.
+    """
+    shape: gl.constexpr = call.dq_desc.block_type.shape
+    TILES: gl.constexpr = dq.shape[1] // 8
+    # of a row: warp, half, lane; of a column: tile, lane, pair
+    values = dq.reshape([4, 2, 8, TILES, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape(shape)
+    part = view_as(call.stages_out.index(WARPGROUP), gl.float32, shape, call.dq_desc.layout)
     tma.store_wait(0)
-    matrix(tile).store(dq)
+    part.store(values)
     fence_async_shared()
-    if call.BLOCK_M == 128:
-        reduce_out(call.dq_desc, [call.plane, head, first_row + WARPGROUP * 64, 0], tile)
-    else:
-        reduce_out(call.dq_desc, [call.plane, head, first_row, WARPGROUP * COLUMNS], tile)
+    reduce_out(call.dq_desc, [(2 * place + WARPGROUP) * shape[0], 0], part)
 
 
 @gluon.jit
-def store_gradient(desc, ptr, call, my_key: gl.constexpr, gradient, tiles, step, HEAD_DIM: gl.constexpr):
-    """Write 64 rows of dK or dV: by TMA through the key tile's shared memory, or row by row in packed sequences."""
-    first = call.first_key + my_key
-    if call.VARLEN:
-        count = call.length_k - first
-        store_rows(ptr, call.start_k + first, count, call.heads_kv, call.head_k, gradient, HEAD_DIM)
+def store_gradient(desc, ptr, WARPGROUP: gl.constexpr, call, tile, gradient, HEAD_DIM: gl.constexpr):
+    """Consumer: write 64 rows of dK or dV, by TMA, or row by row in packed sequences."""
+    first = read_field(call.records, tile, FIRST_KEY) + WARPGROUP * KEYS
+    head_k = read_field(call.records, tile, HEAD_K)
+    if call.cu_seqlens_k_ptr is not None:
+        start_k = read_field(call.records, tile, START_K)
+        count = read_field(call.records, tile, LENGTH_K) - first
+        store_rows(ptr, start_k + first, count, call.heads_kv, head_k, gradient, HEAD_DIM)
     else:
-        # Both warpgroups have read the tile for dQ once they have released the last step's scores.
-        call.scores.acquire(step + 1)
-        tile = tiles.index(0)
-        matrix(tile).slice(my_key, KEYS, dim=0).store(gradient)
+        out_tile = view_as(call.stages_out.index(WARPGROUP), desc.dtype, desc.block_type.shape, desc.layout)
+        tma.store_wait(0)
+        matrix(out_tile).store(gradient)
         fence_async_shared()
-        copy_out(desc, [call.plane, call.head_k, first, 0], tile.slice(my_key, KEYS, dim=2))
+        copy_out(desc, [read_field(call.records, tile, SEQUENCE), head_k, first, 0], out_tile)
+
+
+@gluon.constexpr_function
+def largest(*sizes):
+    return max(sizes)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -330,13 +462,14 @@ def attention_backward(
     k_desc,  # (B, Hk, Sk, D), packed (1, Hk, total_k, D)
     v_desc,  # as k, with Dv
     grad_out_desc,  # as q, with Dv
-    dq_desc,  # as q, fp32, zeros: sums without the scale
+    dq_desc,  # fp32 zeros (blocks * 2 * rows, 128): sums without the scale, as `finish_queries` reads them
     dk_desc,  # as k, in tiles of 64 keys
     dv_desc,  # as v, in tiles of 64 keys
     dk_ptr,  # the same tensors, contiguous, for packed sequences
     dv_ptr,
     row_lse_ptr,  # (B, Hq, Sq), or (Hq, total_q): in units of log2, +inf where no key is visible
     delta_ptr,  # as row_lse: rowsum(dO * O) - dlse
+    counter_ptr,  # two zeros, and zeros again after the launch
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     kv_lens_ptr,
@@ -348,6 +481,7 @@ def attention_backward(
     seqlen_k,
     total_q,
     total_k,
+    section,  # key/value heads whose queries share L2
     scale,
     window_left,
     right_reach,
@@ -355,43 +489,69 @@ def attention_backward(
     HEAD_DIM_V: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
+    KEY_STAGES: gl.constexpr,
+    VALUE_STAGES: gl.constexpr,
     RAGGED: gl.constexpr,  # the last key tile may be cut
 ):
-    VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
-    UNCLEAN: gl.constexpr = VARLEN or kv_lens_ptr is not None
-    # With a causal bound the first keys are seen by most queries: the longest programs come first.
-    # Those of one head are neighbours, and read the same queries from L2.
-    program = gl.program_id(0)
-    blocks_n = gl.cdiv(seqlen_k, BLOCK_N)
-    first_key = program % blocks_n * BLOCK_N
-    head_k = program // blocks_n % heads_kv
-    sequence = program // blocks_n // heads_kv
-    start_q, length_q, start_k, length_k, plane, rows = place_of(
-        sequence, cu_seqlens_q_ptr, cu_seqlens_k_ptr, kv_lens_ptr, seqlen_q, seqlen_k, total_q, total_k
-    )
-    if VARLEN:
-        if first_key >= length_k:
-            return
-    low, full_low, full_high, high = query_blocks(
-        first_key, length_q, length_k, window_left, right_reach, BLOCK_M, BLOCK_N
-    )
-
     queries = make_ring(stages_for(q_desc, STAGES), STAGES, 1, 2)
     grads = make_companion(queries, stages_for(grad_out_desc, STAGES), 1)
-    terms_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    terms = make_companion(queries, gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], terms_layout), 1)
+    plain_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    terms = make_companion(queries, gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], plain_layout), 1)
     scores_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], q_desc.dtype)
     scores = make_ring(gl.allocate_shared_memory(q_desc.dtype, [2, BLOCK_N, BLOCK_M], scores_layout), 2, 2, 2)
-    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(loaded, count=1)
-    k_tiles = stages_for(k_desc, 1)
-    v_tiles = stages_for(v_desc, 1)
-    dq_tiles = stages_for(dq_desc, 2)
+    keys = make_ring(stages_for(k_desc, KEY_STAGES), KEY_STAGES, 1, 2)
+    values = make_ring(stages_for(v_desc, VALUE_STAGES), VALUE_STAGES, 1, 2)
+    records = make_ring(gl.allocate_shared_memory(gl.int32, [2, RECORD], plain_layout), 2, 1, 2)
+    # Of each warpgroup, what is on its way out: dQ of every block, dV and dK of every tile.
+    OUT_BYTES: gl.constexpr = largest(dq_desc.block_type.nbytes, dk_desc.block_type.nbytes, dv_desc.block_type.nbytes)
+    stages_out = gl.allocate_shared_memory(gl.int8, [2, OUT_BYTES], plain_layout)
     fence_async_shared()
     call = Call(
         q_desc, k_desc, v_desc, grad_out_desc, dq_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, row_lse_ptr, delta_ptr,
-        alibi_ptr, scale, window_left, right_reach, heads, heads_kv, rows, sequence, plane, head_k, first_key,
-        start_q, start_k, length_q, length_k, low, full_low, full_high, high, queries, grads, terms, scores,
-        k_tiles, v_tiles, dq_tiles, loaded, HEAD_DIM, HEAD_DIM_V, BLOCK_M, VARLEN, UNCLEAN, RAGGED,
+        counter_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, kv_lens_ptr, alibi_ptr, batch, heads, heads_kv, seqlen_q,
+        seqlen_k, total_q, total_k, section, scale, window_left, right_reach, queries, grads, terms, scores, keys,
+        values, records, stages_out, HEAD_DIM, HEAD_DIM_V, BLOCK_M, RAGGED,
     )  # fmt: skip
     gl.warp_specialize([(accumulate, (0, call)), (accumulate, (1, call)), (load_tiles, (call,))], [4, 1], [240, 24])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def finish_queries(
+    sums_ptr,  # fp32, what `attention_backward` added to zeros
+    dq_ptr,  # contiguous, (B, Sq, Hq, D) or (total_q, Hq, D)
+    cu_seqlens_q_ptr,
+    batch,
+    heads,
+    seqlen_q,
+    total_q,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of dQ in a warpgroup's part
+):
+    """Fill dQ from its sums, scaled. A program does a warpgroup's part: 64 rows, or half the columns of 64 rows."""
+    blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    part = tl.program_id(0) % 2
+    block = tl.program_id(0) // 2 % blocks
+    head = tl.program_id(0) // 2 // blocks % heads
+    sequence = tl.program_id(0) // 2 // blocks // heads
+    start = sequence * seqlen_q
+    length = seqlen_q
+    place = (sequence * heads + head) * blocks + block
+    if cu_seqlens_q_ptr is not None:  # see `blocks_of_sums` and `first_sum`
+        start, length = sequence_bounds(cu_seqlens_q_ptr, None, sequence, seqlen_q, total_q)
+        place = head * (total_q // BLOCK_M + batch) + start // BLOCK_M + sequence + block
+    if block * BLOCK_M < length:
+        sums = tl.load(sums_ptr + (2 * place + part).to(tl.int64) * (64 * COLUMNS) + tl.arange(0, 64 * COLUMNS))
+        # tile of the columns, warp, lane's row, lane's column, half, pair -> rows, columns
+        sums = tl.reshape(sums, (COLUMNS // 8, 4, 8, 4, 2, 2))
+        dq = tl.reshape(tl.permute(sums, (1, 4, 2, 0, 3, 5)), (64, COLUMNS))
+        row = block * BLOCK_M + tl.arange(0, 64)
+        dim = tl.arange(0, COLUMNS)
+        if BLOCK_M == 128:
+            row += part * 64
+        else:
+            dim += part * COLUMNS
+        at = ((start + row).to(tl.int64) * heads + head) * HEAD_DIM
+        inside = (row < length)[:, None] & (dim < HEAD_DIM)[None, :]
+        tl.store(dq_ptr + at[:, None] + dim[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)

@@ -20,20 +20,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from regard.kernels.hopper_pipeline import (
     SIZES,
     Ring,
+    claim_tile,
     clear_rows,
     copy_out,
+    leave_counters,
     make_ring,
     matrix,
     optional,
+    read_field,
     record,
     sequence_bounds,
     stages_for,
     transposed,
+    write_record,
 )
 from regard.kernels.hopper_softmax import LOG2_E, LOWEST, biased_scores, finish_softmax, online_softmax, rescale
 
 ROWS = gl.constexpr(64)  # query rows of a warpgroup, as many as one wgmma covers
-RECORD = gl.constexpr(8)  # integers in a tile's record, see `schedule`
+RECORD = gl.constexpr(8)  # integers in a tile's record, see `read_record`
 
 
 @record
@@ -156,7 +160,8 @@ def load_tiles(call):
         low, _full_low, _full_high, high = key_blocks(
             first, last, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_N
         )
-        schedule(call.records, tile, high, low, first, head, sequence, start_q, length_q, length_k)
+        # In the order in which `read_record` tells them. A first field of 0 says that there are no more tiles.
+        write_record(call.records, tile, (high, low, first, head, sequence, start_q, length_q, length_k))
 
         plane = sequence
         if call.cu_seqlens_q_ptr is not None:
@@ -171,15 +176,12 @@ def load_tiles(call):
             if block == high - low - 1:
                 # Not earlier, for the tile would wait behind this one; and not later, for the counter answers while the
                 # last values wait for their stage.
-                index = gl.num_programs(0) + gl.atomic_add(call.counter_ptr, 1)
+                index = claim_tile(call.counter_ptr)
             call.values.copy(step, call.v_desc, [plane, head // call.group, row, 0])
             step += 1
         tile += 1
-    schedule(call.records, tile, 0, 0, 0, 0, 0, 0, 0, 0)
-    # The last program to run dry leaves the counters as the next launch needs them.
-    if gl.atomic_add(call.counter_ptr + 1, 1) == gl.num_programs(0) - 1:
-        gl.store(call.counter_ptr, 0)
-        gl.store(call.counter_ptr + 1, 0)
+    write_record(call.records, tile, (0, 0))
+    leave_counters(call.counter_ptr)
 
 
 @gluon.jit
@@ -188,34 +190,16 @@ def _add(a, b):
 
 
 @gluon.jit
-def schedule(records, tile, high, low, first, head, sequence, start_q, length_q, length_k):
-    """Producer: hand a tile's record to the consumers. ``high`` 0 says that there are no more tiles."""
-    field = gl.arange(0, RECORD, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    fields = (high, low, first, head, sequence, start_q, length_q, length_k)
-    record = field * 0
-    for i in gl.static_range(len(fields)):
-        record = gl.where(field == i, fields[i], record)
-    records.acquire(tile)
-    records.tile(tile).store(record)
-    records.publish(tile)
-
-
-@gluon.jit
 def read_record(records, tile):
-    """Consumer: the integers of a tile's record, in the order of `schedule`.
-
-    The record stays in shared memory until it is released: read anew, nothing of it takes registers in the loops.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    fields = records.tile(tile)
-    high = gl.max(fields.slice(0, 1).load(layout), 0)
-    low = gl.max(fields.slice(1, 1).load(layout), 0)
-    first = gl.max(fields.slice(2, 1).load(layout), 0)
-    head = gl.max(fields.slice(3, 1).load(layout), 0)
-    sequence = gl.max(fields.slice(4, 1).load(layout), 0)
-    start_q = gl.max(fields.slice(5, 1).load(layout), 0)
-    length_q = gl.max(fields.slice(6, 1).load(layout), 0)
-    length_k = gl.max(fields.slice(7, 1).load(layout), 0)
+    """Consumer: high, low, first, head, sequence, start_q, length_q and length_k of a tile."""
+    high = read_field(records, tile, 0)
+    low = read_field(records, tile, 1)
+    first = read_field(records, tile, 2)
+    head = read_field(records, tile, 3)
+    sequence = read_field(records, tile, 4)
+    start_q = read_field(records, tile, 5)
+    length_q = read_field(records, tile, 6)
+    length_k = read_field(records, tile, 7)
     return high, low, first, head, sequence, start_q, length_q, length_k
 
 

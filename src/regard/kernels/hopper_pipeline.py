@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 if hasattr(tma, "async_atomic_add"):  # Triton 3.9 renamed the copies and added the reduction
     aggregate = gluon.aggregate
     copy_in, copy_out, reduce_out = tma.async_load, tma.async_store, tma.async_atomic_add
+    view_as = gl.shared_memory_descriptor.reinterpret
 else:
     from triton._C.libtriton import ir
     from triton.experimental.gluon.language._core import builtin
@@ -28,6 +29,8 @@ else:
         """Add a tile of shared memory into global memory (cp.reduce.async.bulk.tensor)."""
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+    view_as = gl.shared_memory_descriptor._reinterpret
 
 
 SIZES = ("batch", "heads", "heads_kv", "group", "seqlen_q", "seqlen_k", "total_q", "total_k", "section")
@@ -115,6 +118,43 @@ def make_companion(ring, tiles, PRODUCERS: gl.constexpr):
 def stages_for(desc, STAGES: gl.constexpr):
     """Shared memory for STAGES tiles of a descriptor."""
     return gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)  # noqa: RUF005  (Gluon has no starred lists)
+
+
+@gluon.jit
+def write_record(records, tile, fields):
+    """Producer: hand some integers about a tile to the consumers, through a ring of int32 (STAGES, integers)."""
+    field = gl.arange(0, records.tiles.shape[1], layout=gl.BlockedLayout([1], [32], [1], [0]))
+    record = field * 0
+    for i in gl.static_range(len(fields)):
+        record = gl.where(field == i, fields[i], record)
+    records.acquire(tile)
+    records.tile(tile).store(record)
+    records.publish(tile)
+
+
+@gluon.jit
+def read_field(records, tile, FIELD: gl.constexpr):
+    """Consumer: an integer of a tile's record.
+
+    The record stays in shared memory until it is released: read where it is needed, nothing of it takes registers in
+    the loops.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(records.tile(tile).slice(FIELD, 1).load(layout), 0)
+
+
+@gluon.jit
+def claim_tile(counter_ptr):
+    """Producer of a persistent program: the index of its next tile. The first ones are the programs' own numbers."""
+    return gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
+
+
+@gluon.jit
+def leave_counters(counter_ptr):
+    """Producer: the last program to run dry leaves the two counters as the next launch needs them."""
+    if gl.atomic_add(counter_ptr + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(counter_ptr, 0)
+        gl.store(counter_ptr + 1, 0)
 
 
 @gluon.jit
