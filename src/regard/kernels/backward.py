@@ -13,10 +13,14 @@ from regard.kernels.scores import (
     LOG2_E,
     band_visible,
     dropout_keep,
+    edge_span,
     head_base,
     key_span,
     load_rows,
+    own_queries,
+    pair_base,
     product_in_parts,
+    row_offset,
     scaled_scores,
     sequence_bounds,
     softcap_slope,
@@ -129,11 +133,10 @@ def row_terms(
     )  # fmt: skip
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
 
-    sequence64, head64 = sequence.to(tl.int64), head.to(tl.int64)
-    terms = sequence64 * lse_strides[0] + head64 * lse_strides[1] + row
+    terms = row_offset(lse_strides, sequence, head, row)
     lse = tl.load(lse_ptr + terms, mask=exists, other=0.0)
     if grad_lse_ptr is not None:
-        grad_lse_base = grad_lse_ptr + sequence64 * grad_lse_strides[0] + head64 * grad_lse_strides[1]
+        grad_lse_base = grad_lse_ptr + row_offset(grad_lse_strides, sequence, head, 0)
         delta -= tl.load(grad_lse_base + row.to(tl.int64) * grad_lse_strides[2], mask=exists, other=0.0)
     nothing_visible = lse == float("-inf")
     tl.store(row_lse_ptr + terms, tl.where(nothing_visible, float("inf"), lse * LOG2_E), mask=exists)
@@ -216,6 +219,23 @@ def attend_queries(
         dv = tl.dot(weights.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
         dk = tl.dot(grad_products.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
+
+
+@triton.jit
+def query_span(
+    first_key, shift, length_q, length_k, window_left, window_right,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """The queries that see a block of keys: a `key_span` of the same band, looked at from the other side."""
+    last_key = tl.minimum(first_key + BLOCK_N, length_k) - 1
+    seeing = tl.where(first_key < length_k, length_q, 0)
+    start, full_start, full_stop, stop = key_span(
+        first_key, last_key, -shift, seeing, window_right, window_left, BLOCK_M, RAGGED
+    )
+    if RAGGED:
+        # A block that reaches past the last key is masked throughout.
+        full_stop = tl.where(first_key + BLOCK_N > length_k, full_start, full_stop)
+    return start, full_start, full_stop, stop
 
 
 @triton.jit
@@ -302,28 +322,18 @@ def backward_keys(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
-    # The queries that see these keys are a span of the same band, seen from the other side.
-    last_key = tl.minimum(first_key + BLOCK_N, length_k) - 1
-    seeing = tl.where(first_key < length_k, length_q, 0)
-    start, full_start, full_stop, stop = key_span(
-        first_key, last_key, -shift, seeing, window_right, window_left, BLOCK_M, RAGGED
+    start, full_start, full_stop, stop = query_span(
+        first_key, shift, length_q, length_k, window_left, window_right, BLOCK_M, BLOCK_N, RAGGED
     )
-    if RAGGED:
-        # A block that reaches past the last key is masked throughout.
-        full_stop = tl.where(first_key + BLOCK_N > length_k, full_start, full_stop)
-    gap = full_stop - full_start
-    if window_right is None:
-        start = full_stop  # there is only a right edge
-    else:
-        stop = tl.maximum(stop - gap, start + 1)
+    start, stop, gap = edge_span(start, full_start, full_stop, stop, window_right)
     for member in range(group):
         head = head_k * group + member
         sequence64, head64 = sequence.to(tl.int64), head.to(tl.int64)
         q_base = head_base(q_ptr, q_strides, sequence, start_q, head)
         grad_out_base = head_base(grad_out_ptr, grad_out_strides, sequence, start_q, head)
-        terms = sequence64 * lse_strides[0] + head64 * lse_strides[1] + start_q
+        terms = row_offset(lse_strides, sequence, head, start_q)
         mask_base = None
-        if mask_ptr is not None:
+        if mask_ptr is not None:  # not as `pair_base` has it: ptxas spills more for that order
             mask_base = mask_ptr + sequence64 * mask_strides[0] + head64 * mask_strides[1]
             mask_base += first_key.to(tl.int64) * mask_strides[3]
         bias_base = None
@@ -465,16 +475,7 @@ def backward_queries(
     DIMS: tl.constexpr,
 ):
     """Of a block of queries, dQ."""
-    # The order of the forward: with a causal bound the longest rows go first.
-    blocks_m = tl.cdiv(seqlen_q, BLOCK_M)
-    program = tl.program_id(0)
-    block_m = program % blocks_m
-    if window_right is not None:
-        block_m = blocks_m - 1 - block_m
-    head = (program // blocks_m) % heads_q
-    sequence = program // blocks_m // heads_q
-    first_query = block_m * BLOCK_M
-
+    first_query, head, sequence = own_queries(seqlen_q, heads_q, window_right, BLOCK_M)
     start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, None, sequence, seqlen_q, total_q)
     start_k, length_k = sequence_bounds(cu_seqlens_k_ptr, kv_lens_ptr, sequence, seqlen_k, total_k)
     if cu_seqlens_q_ptr is not None:
@@ -484,15 +485,14 @@ def backward_queries(
 
     query = first_query + tl.arange(0, BLOCK_M)
     query_exists = query < length_q
-    sequence64, head64 = sequence.to(tl.int64), head.to(tl.int64)
     k_base = head_base(k_ptr, k_strides, sequence, start_k, head // group)
     v_base = head_base(v_ptr, v_strides, sequence, start_k, head // group)
+    mask_base = None
     if mask_ptr is not None:
-        mask_ptr += sequence64 * mask_strides[0] + head64 * mask_strides[1]
-        mask_ptr += first_query.to(tl.int64) * mask_strides[2]
+        mask_base = pair_base(mask_ptr, mask_strides, sequence, head, first_query, 0)
+    bias_base = None
     if bias_ptr is not None:
-        bias_ptr += sequence64 * bias_strides[0] + head64 * bias_strides[1]
-        bias_ptr += first_query.to(tl.int64) * bias_strides[2]
+        bias_base = pair_base(bias_ptr, bias_strides, sequence, head, first_query, 0)
     slope = None
     if alibi_ptr is not None:
         slope = tl.load(alibi_ptr + sequence * alibi_strides[0] + head * alibi_strides[1])
@@ -506,20 +506,15 @@ def backward_queries(
     grad_out_base = head_base(grad_out_ptr, grad_out_strides, sequence, first_row, head)
     q = load_rows(q_base, q_strides, query_exists, BLOCK_M, HEAD_DIM, BLOCK_D, True, WIDE)
     grad_out = load_rows(grad_out_base, grad_out_strides, query_exists, BLOCK_M, HEAD_DIM_V, BLOCK_DV, True, WIDE)
-    terms = sequence64 * lse_strides[0] + head64 * lse_strides[1] + start_q + query
-    row_lse = tl.load(row_lse_ptr + terms, mask=query_exists, other=float("inf"))
-    delta = tl.load(delta_ptr + terms, mask=query_exists, other=0.0)
+    terms = row_offset(lse_strides, sequence, head, start_q)
+    row_lse, delta = load_row_terms(row_lse_ptr + terms, delta_ptr + terms, query, query_exists, True)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     last_query = tl.minimum(first_query + BLOCK_M, length_q) - 1
     start, full_start, full_stop, stop = key_span(
         first_query, last_query, shift, length_k, window_left, window_right, BLOCK_N, RAGGED
     )
-    gap = full_stop - full_start
-    if window_left is None:
-        start = full_stop  # there is only a right edge
-    else:
-        stop = tl.maximum(stop - gap, start + 1)
+    start, stop, gap = edge_span(start, full_start, full_stop, stop, window_left)
     for part in tl.static_range(0, 2 if RAGGED else 1):
         # the interior, then the edges, as in the forward
         dq = gather_keys(
@@ -528,7 +523,7 @@ def backward_queries(
             full_stop if part == 0 else stop,
             full_start, gap,
             query, query_exists, sequence * heads_q + head, shift, length_k,
-            q_base, k_base, v_base, grad_out_base, mask_ptr, bias_ptr, slope, seed,
+            q_base, k_base, v_base, grad_out_base, mask_base, bias_base, slope, seed,
             q_strides, k_strides, v_strides, grad_out_strides, mask_strides, bias_strides,
             softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
             HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part == 1, RAW, WIDE, PRECISION, DIMS,

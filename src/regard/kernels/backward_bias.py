@@ -7,8 +7,8 @@ A pass of its own over the tiles of the bias, not of the scores: what a tile was
 import triton
 import triton.language as tl
 
-from regard.kernels.backward import softmax_gradient
-from regard.kernels.scores import head_base, load_rows, sequence_bounds, tile_offsets
+from regard.kernels.backward import load_row_terms, softmax_gradient
+from regard.kernels.scores import head_base, load_rows, pair_base, row_offset, sequence_bounds, tile_offsets
 
 
 @triton.jit
@@ -94,7 +94,6 @@ def backward_bias(
             query = first_query + row
             query_exists = query < seqlen_q
             key_exists = key < length_k
-            sequence64, head64 = sequence.to(tl.int64), head.to(tl.int64)
             q_base = head_base(q_ptr, q_strides, sequence, first_query, head)
             grad_out_base = head_base(grad_out_ptr, grad_out_strides, sequence, first_query, head)
             k_base = head_base(k_ptr, k_strides, sequence, first_key, head // group)
@@ -107,16 +106,12 @@ def backward_bias(
             )
             v = load_rows(v_base, v_strides, key_exists, BLOCK_N, HEAD_DIM_V, BLOCK_DV, True, WIDE)
             grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-            terms = sequence64 * lse_strides[0] + head64 * lse_strides[1] + query
-            row_lse = tl.load(row_lse_ptr + terms, mask=query_exists, other=float("inf"))
-            delta = tl.load(delta_ptr + terms, mask=query_exists, other=0.0)
-
-            bias_tile = bias_ptr + sequence64 * bias_strides[0] + head64 * bias_strides[1]
-            bias_tile += first_query.to(tl.int64) * bias_strides[2] + first_key.to(tl.int64) * bias_strides[3]
+            terms = row_offset(lse_strides, sequence, head, 0)
+            row_lse, delta = load_row_terms(row_lse_ptr + terms, delta_ptr + terms, query, query_exists, True)
+            bias_tile = pair_base(bias_ptr, bias_strides, sequence, head, first_query, first_key)
             mask_tile = None
             if mask_ptr is not None:
-                mask_tile = mask_ptr + sequence64 * mask_strides[0] + head64 * mask_strides[1]
-                mask_tile += first_query.to(tl.int64) * mask_strides[2] + first_key.to(tl.int64) * mask_strides[3]
+                mask_tile = pair_base(mask_ptr, mask_strides, sequence, head, first_query, first_key)
             slope = None
             if alibi_ptr is not None:
                 slope = tl.load(alibi_ptr + sequence * alibi_strides[0] + head * alibi_strides[1])
@@ -128,12 +123,10 @@ def backward_bias(
             )[1]  # fmt: skip
 
     # dbias tile, of one row where all rows share it
-    dbias_base = dbias_ptr + own_sequence.to(tl.int64) * dbias_strides[0] + own_head.to(tl.int64) * dbias_strides[1]
-    dbias_base += first_key.to(tl.int64) * dbias_strides[3]
+    dbias_base = pair_base(dbias_ptr, dbias_strides, own_sequence, own_head, block_m * BLOCK_M, first_key)
     if SUM_ROWS:
         tl.store(dbias_base + column * dbias_strides[3], tl.sum(dbias, 0), mask=key < seqlen_k)
     else:
-        dbias_base += (block_m * BLOCK_M).to(tl.int64) * dbias_strides[2]
         pointers = dbias_base + tile_offsets(row[:, None], column[None, :], dbias_strides[2], dbias_strides[3], WIDE)
         stored = (block_m * BLOCK_M + row < seqlen_q)[:, None] & (key < seqlen_k)[None, :]
         tl.store(pointers, dbias.to(dbias_ptr.dtype.element_ty), mask=stored)

@@ -13,13 +13,34 @@ from regard.kernels.scores import (
     LOG2_E,
     band_visible,
     dropout_keep,
+    edge_span,
+    head_base,
     key_span,
     load_rows,
     load_tile,
+    own_queries,
+    pair_base,
+    row_offset,
     scaled_scores,
     sequence_bounds,
+    store_rows,
     tile_offsets,
 )
+
+
+@triton.jit
+def first_softmax(sinks_ptr, head, BLOCK_M: tl.constexpr):
+    """State of the online softmax before any key: row maximum (log2 units) and row sum.
+
+    A sink is a key without a value: it starts the softmax off (Xiao et al. 2023, "attention sinks").
+    """
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        row_max = tl.full([BLOCK_M], 0.0, tl.float32) + sink
+        row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
+    return row_max, row_sum
 
 
 @triton.jit
@@ -33,6 +54,15 @@ def online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr, RAW: t
     weights = tl.exp2(scores * factor - anchor[:, None])
     decay = tl.exp2(row_max - anchor)
     return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def last_softmax(acc, row_max, row_sum):
+    """Out and lse of the final state (algorithm 1, lines 12 and 13): 0 and -inf in rows that saw no key."""
+    nothing_visible = row_sum == 0
+    row_sum = tl.where(nothing_visible, 1.0, row_sum)
+    out = acc / row_sum[:, None]
+    return out, tl.where(nothing_visible, float("-inf"), row_max * LN_2 + tl.log2(row_sum) * LN_2)
 
 
 @triton.jit
@@ -170,45 +200,28 @@ def attention_forward(
     PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32x3" or "tf32"
     DIMS: tl.constexpr,  # head dims of Q K^T at once: Q with more is read part by part for every key tile
 ):
-    # Neighbouring programs share a head's keys and values; with a causal bound the longest rows go first.
-    blocks_m = tl.cdiv(seqlen_q, BLOCK_M)
-    program = tl.program_id(0)
-    block_m = program % blocks_m
-    if window_right is not None:
-        block_m = blocks_m - 1 - block_m
-    head = (program // blocks_m) % heads_q
-    sequence = program // blocks_m // heads_q
-    head_k = head // group
-
+    first_query, head, sequence = own_queries(seqlen_q, heads_q, window_right, BLOCK_M)
     start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, None, sequence, seqlen_q, total_q)
     start_k, length_k = sequence_bounds(cu_seqlens_k_ptr, kv_lens_ptr, sequence, seqlen_k, total_k)
-    first_query = block_m * BLOCK_M
     if cu_seqlens_q_ptr is not None:
         if first_query >= length_q:
             return
     shift = length_k - length_q
-
-    row = tl.arange(0, BLOCK_M)
-    query = first_query + row
+    query = first_query + tl.arange(0, BLOCK_M)
     query_exists = query < length_q
-    dim = tl.arange(0, BLOCK_D)
-    dim_v = tl.arange(0, BLOCK_DV)
-    # Offsets of whole heads and sequences may pass 2**31 elements.
-    sequence64, head64, head_k64 = sequence.to(tl.int64), head.to(tl.int64), head_k.to(tl.int64)
-    first_row = (start_q + first_query).to(tl.int64)
-    k_base = k_ptr + start_k.to(tl.int64) * k_strides[1] + head_k64 * k_strides[2]
-    v_base = v_ptr + start_k.to(tl.int64) * v_strides[1] + head_k64 * v_strides[2]
-    if block_table_ptr is None:
-        k_base += sequence64 * k_strides[0]
-        v_base += sequence64 * v_strides[0]
-    else:
-        block_table_ptr += sequence64 * block_table_stride
+
+    entry = sequence  # of k and v
+    if block_table_ptr is not None:
+        entry = 0 * sequence  # the pages of all sequences lie together
+        block_table_ptr += sequence.to(tl.int64) * block_table_stride
+    k_base = head_base(k_ptr, k_strides, entry, start_k, head // group)
+    v_base = head_base(v_ptr, v_strides, entry, start_k, head // group)
+    mask_base = None
     if mask_ptr is not None:
-        mask_ptr += sequence64 * mask_strides[0] + head64 * mask_strides[1]
-        mask_ptr += first_query.to(tl.int64) * mask_strides[2]
+        mask_base = pair_base(mask_ptr, mask_strides, sequence, head, first_query, 0)
+    bias_base = None
     if bias_ptr is not None:
-        bias_ptr += sequence64 * bias_strides[0] + head64 * bias_strides[1]
-        bias_ptr += first_query.to(tl.int64) * bias_strides[2]
+        bias_base = pair_base(bias_ptr, bias_strides, sequence, head, first_query, 0)
     slope = None
     if alibi_ptr is not None:
         slope = tl.load(alibi_ptr + sequence * alibi_strides[0] + head * alibi_strides[1])
@@ -217,28 +230,16 @@ def attention_forward(
         seed = tl.load(seed_ptr)
 
     # Q tile (BLOCK_M, BLOCK_D)
-    q_base = q_ptr + sequence64 * q_strides[0] + first_row * q_strides[1] + head64 * q_strides[2]
-    q_pointers = q_base + tile_offsets(row[:, None], dim[None, :], q_strides[1], q_strides[3], WIDE)
-    q = load_tile(q_pointers, query_exists[:, None], (dim < HEAD_DIM)[None, :], True, HEAD_DIM == BLOCK_D)
-
-    # A sink is a key without a value: it starts the softmax off (Xiao et al. 2023, "attention sinks").
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
-        row_max = tl.full([BLOCK_M], 0.0, tl.float32) + sink
-        row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
+    q_base = head_base(q_ptr, q_strides, sequence, start_q + first_query, head)
+    q = load_rows(q_base, q_strides, query_exists, BLOCK_M, HEAD_DIM, BLOCK_D, True, WIDE)
+    row_max, row_sum = first_softmax(sinks_ptr, head, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     last_query = tl.minimum(first_query + BLOCK_M, length_q) - 1
     start, full_start, full_stop, stop = key_span(
         first_query, last_query, shift, length_k, window_left, window_right, BLOCK_N, RAGGED
     )
-    gap = full_stop - full_start
-    if window_left is None:
-        start = full_stop  # there is only a right edge
-    else:
-        stop = tl.maximum(stop - gap, start + 1)
+    start, stop, gap = edge_span(start, full_start, full_stop, stop, window_left)
     for part in tl.static_range(0, 2 if RAGGED else 1):
         # the interior, then the edges: one body, masked only at the edges, where positions skip over the interior
         acc, row_max, row_sum = attend_keys(
@@ -247,23 +248,18 @@ def attention_forward(
             full_stop if part == 0 else stop,
             full_start, gap,
             query, query_exists, sequence * heads_q + head, shift, length_k,
-            q_base, k_base, v_base, mask_ptr, bias_ptr, block_table_ptr, slope, seed,
+            q_base, k_base, v_base, mask_base, bias_base, block_table_ptr, slope, seed,
             q_strides, k_strides, v_strides, mask_strides, bias_strides,
             page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
             HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part == 1, RAW, WIDE, PRECISION,
             DIMS,
         )  # fmt: skip
 
-    nothing_visible = row_sum == 0
-    row_sum = tl.where(nothing_visible, 1.0, row_sum)
-    acc = acc / row_sum[:, None]
+    out, lse = last_softmax(acc, row_max, row_sum)
     if seed is not None:
-        acc = acc * dropout_rescale
-    lse = tl.where(nothing_visible, float("-inf"), row_max * LN_2 + tl.log2(row_sum) * LN_2)
-
+        out = out * dropout_rescale
     # out tile (BLOCK_M, BLOCK_DV)
-    out_base = out_ptr + sequence64 * out_strides[0] + first_row * out_strides[1] + head64 * out_strides[2]
-    out_pointers = out_base + tile_offsets(row[:, None], dim_v[None, :], out_strides[1], out_strides[3], WIDE)
-    tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=query_exists[:, None] & (dim_v < HEAD_DIM_V)[None, :])
-    lse_base = lse_ptr + sequence64 * lse_strides[0] + head64 * lse_strides[1] + first_row
-    tl.store(lse_base + row, lse, mask=query_exists)
+    out_base = head_base(out_ptr, out_strides, sequence, start_q + first_query, head)
+    store_rows(out_base, out_strides, out, query_exists, BLOCK_M, HEAD_DIM_V, BLOCK_DV, WIDE)
+    lse_base = lse_ptr + row_offset(lse_strides, sequence, head, start_q)
+    tl.store(lse_base + query, lse, mask=query_exists)

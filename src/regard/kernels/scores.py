@@ -28,6 +28,20 @@ def sequence_bounds(cu_seqlens_ptr, lengths_ptr, sequence, padded_length, total)
 
 
 @triton.jit
+def own_queries(seqlen_q, heads_q, window_right, BLOCK_M: tl.constexpr):
+    """First query, head and sequence of this program, where each has a block of queries of one head.
+
+    Neighbouring programs share a head's keys and values; with a causal bound the longest rows go first.
+    """
+    blocks_m = tl.cdiv(seqlen_q, BLOCK_M)
+    program = tl.program_id(0)
+    block_m = program % blocks_m
+    if window_right is not None:
+        block_m = blocks_m - 1 - block_m
+    return block_m * BLOCK_M, (program // blocks_m) % heads_q, program // blocks_m // heads_q
+
+
+@triton.jit
 def tile_offsets(row, column, row_stride, column_stride, WIDE: tl.constexpr):
     """Offsets of a tile from its first element; 64-bit only where a stride is so large that 32 bits could overflow."""
     if WIDE:
@@ -40,6 +54,19 @@ def tile_offsets(row, column, row_stride, column_stride, WIDE: tl.constexpr):
 def head_base(pointer, strides, sequence, row, head):
     """A head's element at a row: the offsets of whole heads and sequences may pass 2**31 elements."""
     return pointer + sequence.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def pair_base(pointer, strides, sequence, head, query, key):
+    """The element of a mask or bias for a pair of query and key."""
+    pointer += sequence.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    return pointer + (tl.cast(query, tl.int64) * strides[2] + tl.cast(key, tl.int64) * strides[3])
+
+
+@triton.jit
+def row_offset(strides, sequence, head, row):
+    """Where a query has its entry in lse, row_lse and delta."""
+    return sequence.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row
 
 
 @triton.jit
@@ -91,9 +118,9 @@ def store_rows(
     base, strides, tile, exists, ROWS: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):
     """Store the rows that exist of a (ROWS, BLOCK) tile."""
-    dim = tl.arange(0, BLOCK)[None, :]
-    pointers = base + tile_offsets(tl.arange(0, ROWS)[:, None], dim, strides[1], strides[3], WIDE)
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=exists[:, None] & (dim < EXTENT))
+    dim = tl.arange(0, BLOCK)
+    pointers = base + tile_offsets(tl.arange(0, ROWS)[:, None], dim[None, :], strides[1], strides[3], WIDE)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=exists[:, None] & (dim < EXTENT)[None, :])
 
 
 @triton.jit
@@ -125,6 +152,17 @@ def key_span(
         full_stop = tl.maximum(full_stop, full_start)
         stop = tl.maximum(stop, full_stop + 1)
     return start, full_start, full_stop, stop
+
+
+@triton.jit
+def edge_span(start, full_start, full_stop, stop, window_left):
+    """The edges around the middle part of a `key_span` as one range of positions, and the ``gap`` that those from
+    full_start on must be moved by to come after that part.
+    """
+    gap = full_stop - full_start
+    if window_left is None:
+        return full_stop, stop, gap  # there is only a right edge
+    return start, tl.maximum(stop - gap, start + 1), gap
 
 
 @triton.jit
