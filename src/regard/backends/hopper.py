@@ -212,6 +212,7 @@ def forward_launch(
         RAGGED=_cut(config, tile.block_n),
         SHARE_Q=tile.share_q,
         TAKE_TURNS=tile.take_turns,
+        PASS_EARLY=tile.pass_early,
         ONE_LOOP=tile.one_loop,
         RESCALE_EARLY=tile.rescale_early,
     )

@@ -74,7 +74,6 @@ class Call:
     records: Ring
     out_tiles: gl.shared_memory_descriptor
     clean: gl.shared_memory_descriptor
-    turns: gl.shared_memory_descriptor
     HEAD_DIM_V: gl.constexpr
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
@@ -83,6 +82,7 @@ class Call:
     RAGGED: gl.constexpr
     SHARE_Q: gl.constexpr
     TAKE_TURNS: gl.constexpr
+    PASS_EARLY: gl.constexpr
     ONE_LOOP: gl.constexpr
     RESCALE_EARLY: gl.constexpr
 
@@ -209,8 +209,8 @@ def skip_blocks(call, step, count, WARPGROUP: gl.constexpr):
     for _ in range(count):
         call.keys.wait(step)
         if call.TAKE_TURNS:
-            await_turn(call.turns, WARPGROUP, step)
-            pass_turn(call.turns, WARPGROUP, call.BLOCK_M // ROWS)
+            await_turn(WARPGROUP)
+            pass_turn(WARPGROUP, call.BLOCK_M // ROWS)
         call.keys.release(step)
         call.values.wait(step)
         call.values.release(step)
@@ -218,16 +218,24 @@ def skip_blocks(call, step, count, WARPGROUP: gl.constexpr):
     return step
 
 
+@gluon.constexpr_function
+def _turn_assembly(ACTION, WARPGROUP):
+    """On the hardware barrier at which a warpgroup meets the one before it; Triton's own have lower numbers."""
+    return f"bar.{ACTION} {8 + WARPGROUP}, 256; mov.b32 $0, $1;"
+
+
 @gluon.jit
-def await_turn(turns, WARPGROUP: gl.constexpr, step):
+def await_turn(WARPGROUP: gl.constexpr):
     """Consumer: wait until the warpgroup before this one has its products of the step under way."""
-    mbarrier.wait(turns.index(WARPGROUP), (step & 1) ^ (1 if WARPGROUP == 0 else 0))
+    ASSEMBLY: gl.constexpr = _turn_assembly("sync", WARPGROUP)
+    gl.inline_asm_elementwise(ASSEMBLY, "=r,r", [gl.to_tensor(0)], gl.int32, False, 1)
 
 
 @gluon.jit
-def pass_turn(turns, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr):
+def pass_turn(WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr):
     """Consumer: let the next warpgroup have the tensor cores while this one turns to its softmax."""
-    mbarrier.arrive(turns.index((WARPGROUP + 1) % WARPGROUPS), count=1)
+    ASSEMBLY: gl.constexpr = _turn_assembly("arrive", (WARPGROUP + 1) % WARPGROUPS)
+    gl.inline_asm_elementwise(ASSEMBLY, "=r,r", [gl.to_tensor(0)], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -269,15 +277,17 @@ def attend_block(
     zeros = gl.zeros([ROWS, call.BLOCK_N], gl.float32, layout=s_layout)
     call.keys.wait(step)
     if call.TAKE_TURNS:
-        await_turn(call.turns, WARPGROUP, step)
+        await_turn(WARPGROUP)
     s = warpgroup_mma(q, transposed(call.keys, step), zeros, use_acc=False, is_async=True)
     call.values.wait(step - 1)
     if call.RESCALE_EARLY:
         acc = rescale(acc, gl.convert_layout(decay, of_rows))
     acc = warpgroup_mma(p, matrix(call.values.tile(step - 1)), acc, is_async=True)
+    if call.TAKE_TURNS and call.PASS_EARLY:
+        pass_turn(WARPGROUP, WARPGROUPS)
     s = warpgroup_mma_wait(1, deps=(s,))
-    if call.TAKE_TURNS:
-        pass_turn(call.turns, WARPGROUP, WARPGROUPS)
+    if call.TAKE_TURNS and not call.PASS_EARLY:
+        pass_turn(WARPGROUP, WARPGROUPS)
     call.keys.release(step)
     weights, decay, row_max, row_sum = weigh_keys(
         s, row_max, row_sum, column, first_key, stop, start, diagonal, edge, call, slope, MASKED
@@ -347,6 +357,8 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
 
     tile = 0
     step = 0
+    if call.TAKE_TURNS and WARPGROUP == WARPGROUPS - 1:
+        pass_turn(WARPGROUP, WARPGROUPS)  # the first is the first warpgroup's
     call.records.wait(tile)
     high, low, first, head, sequence, _start_q, length_q, length_k = read_record(call.records, tile)
     while high > 0:
@@ -388,11 +400,13 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
         q = matrix(call.queries.tile(tile * WARPGROUPS + WARPGROUP))
         call.keys.wait(step)
         if call.TAKE_TURNS:
-            await_turn(call.turns, WARPGROUP, step)
+            await_turn(WARPGROUP)
         s = warpgroup_mma(q, transposed(call.keys, step), zeros, use_acc=False, is_async=True)
+        if call.TAKE_TURNS and call.PASS_EARLY:
+            pass_turn(WARPGROUP, WARPGROUPS)
         s = warpgroup_mma_wait(0, deps=(s,))
-        if call.TAKE_TURNS:
-            pass_turn(call.turns, WARPGROUP, WARPGROUPS)
+        if call.TAKE_TURNS and not call.PASS_EARLY:
+            pass_turn(WARPGROUP, WARPGROUPS)
         call.keys.release(step)
         rest = my_high - 1
         weights, decay, row_max, row_sum = weigh_keys(
@@ -433,6 +447,8 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
         tile += 1
         call.records.wait(tile)
         high, low, first, head, sequence, _start_q, length_q, length_k = read_record(call.records, tile)
+    if call.TAKE_TURNS and WARPGROUP == 0:
+        await_turn(WARPGROUP)  # the one that was passed last
     tma.store_wait(0)
 
 
@@ -483,6 +499,7 @@ def attention_forward(
     RAGGED: gl.constexpr,  # the last key block may be cut
     SHARE_Q: gl.constexpr,  # the output leaves through the queries' shared memory
     TAKE_TURNS: gl.constexpr,  # the warpgroups start their products one after the other
+    PASS_EARLY: gl.constexpr,  # the turn: once the products are under way, and not once the scores are there
     ONE_LOOP: gl.constexpr,  # see `attend_queries`
     RESCALE_EARLY: gl.constexpr,  # the sums, beside the next scores' product and not after their own
 ):
@@ -494,16 +511,13 @@ def attention_forward(
     records = make_ring(gl.allocate_shared_memory(gl.int32, [2, RECORD], record_layout), 2, 1, WARPGROUPS)
     clean = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(clean, count=1)
-    turns = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
-    for warpgroup in gl.static_range(WARPGROUPS):
-        mbarrier.init(turns.index(warpgroup), count=1)
     out_tiles = queries.tiles if SHARE_Q else stages_for(out_desc, WARPGROUPS)
     fence_async_shared()
     call = Call(
         q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, counter_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
         kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, total_k, section, scale,
-        softcap, window_left, right_reach, queries, keys, values, records, out_tiles, clean, turns,
-        HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, SEQUENCES, RAGGED, SHARE_Q, TAKE_TURNS, ONE_LOOP, RESCALE_EARLY,
+        softcap, window_left, right_reach, queries, keys, values, records, out_tiles, clean,
+        HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, SEQUENCES, RAGGED, SHARE_Q, TAKE_TURNS, PASS_EARLY, ONE_LOOP, RESCALE_EARLY,
     )  # fmt: skip
     if WARPGROUPS == 2:
         gl.warp_specialize(
@@ -516,5 +530,3 @@ def attention_forward(
             [4, 4, 1], [160, 160, 24],
         )  # fmt: skip
     mbarrier.invalidate(clean)
-    for warpgroup in gl.static_range(WARPGROUPS):
-        mbarrier.invalidate(turns.index(warpgroup))

@@ -14,6 +14,7 @@ class HopperTile(NamedTuple):
     ``share_q``: the output leaves through the queries' shared memory, where there is no room for both.
     ``take_turns``: the warpgroups start their products one after the other, so that one's softmax meets another's
     products (FlashAttention-3's ping-pong).
+    ``pass_early``: a turn ends once the products are under way, and not once the scores are there.
     ``one_loop``: see `hopper_forward.attend_queries`; it saves registers.
     ``rescale_early``: the sums are rescaled beside the product of the next scores, and not after their own product.
     """
@@ -24,6 +25,7 @@ class HopperTile(NamedTuple):
     value_stages: int
     share_q: bool = False
     take_turns: bool = False
+    pass_early: bool = True
     one_loop: bool = False
     rescale_early: bool = True
 
@@ -41,7 +43,7 @@ _SHORT = 2048
 # padded head dim, the larger of D and Dv -> tile
 FORWARD = {
     64: HopperTile(192, 128, 3, 3, take_turns=True, one_loop=True),
-    128: HopperTile(128, 128, 2, 2, take_turns=True),
+    128: HopperTile(128, 128, 2, 2, take_turns=True, pass_early=False),
     256: HopperTile(128, 64, 3, 2, share_q=True, take_turns=True, rescale_early=False),
 }
 
