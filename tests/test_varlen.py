@@ -1,5 +1,6 @@
 """`varlen_attention`: every packed sequence gets what it gets alone, forward and backward, and nothing from the others."""
 
+import functools
 import itertools
 import math
 
@@ -224,3 +225,15 @@ def test_nothing_at_all(lens):
     found = results(varlen(None), *packed(lens, lens))
     assert found["out"].shape == (0, 4, 16) and found["lse"].shape == (4, 0)
     assert found["dq"].shape == (0, 4, 16) and found["dk"].shape == (0, 2, 16)
+
+
+def test_offsets_written_behind_torchs_back_count():
+    q, k, v = (torch.randn(9, 2, 8) for _ in range(3))
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    call = functools.partial(regard.varlen_attention, q, k, v, backend="cpu")
+    call(cu_seqlens, cu_seqlens)
+    cu_seqlens.numpy()[1] = 1
+    assert torch.equal(call(cu_seqlens, cu_seqlens), call(cu_seqlens.clone(), cu_seqlens.clone()))
+    cu_seqlens.numpy()[1] = 10
+    with pytest.raises(regard.ConfigError, match="cu_seqlens_q: got 9 after 10"):
+        call(cu_seqlens, cu_seqlens)

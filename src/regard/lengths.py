@@ -1,6 +1,6 @@
 """Sequence lengths, offsets and page numbers that live in tensors: what they must be, and what they say.
 
-Their values are read once per tensor and version, so that a GPU is synchronised once and not in every layer.
+A GPU's are read once per tensor and version, so that it is synchronised once and not in every layer.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ _reads: dict[tuple[int, _Find], _Read] = {}
 
 
 def _read(name: str, tensor: Tensor, find: _Find) -> _Found:
-    """Apply ``find`` to a tensor's values, or remember what it found in this version of the tensor."""
-    if tensor.is_inference():  # has no version
+    """Apply ``find`` to a tensor's values, or remember what it found in this version of a GPU's tensor."""
+    if tensor.is_inference() or tensor.device.type == "cpu":  # has no version; NumPy may have written to it
         return find(name, tensor.tolist())
     key = (id(tensor), find)
     known = _reads.get(key)
