@@ -88,10 +88,12 @@ BAD_ATTENTION = [
     ("softmax_scale", {"softmax_scale": float("nan")}),
     ("softmax_scale", {"softmax_scale": float("inf")}),
     ("softmax_scale", {"softmax_scale": 10**400}),
+    ("softmax_scale", {"softmax_scale": -1e39}),
     ("softmax_scale", {"softmax_scale": "auto"}),
     ("softmax_scale", {"softmax_scale": True}),
     ("softcap", {"softcap": -1.0}),
     ("softcap", {"softcap": float("nan")}),
+    ("softcap", {"softcap": float("inf")}),
     ("softcap", {"softcap": None}),
     ("dropout_p", {"dropout_p": 1.0}),
     ("dropout_p", {"dropout_p": -0.1}),
@@ -345,3 +347,11 @@ def test_packed_sequences_with_a_block_table_are_refused():
     table = torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(ConfigError, match="block_table"):
         AttentionConfig.from_tensors(q, q, q, cu_seqlens_q=offsets, cu_seqlens_k=offsets, block_table=table)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_jit_trace_is_refused_by_name():
+    q = torch.randn(1, 4, 2, 8)
+    attention(q, q, q)  # remembered calls are refused as well
+    with pytest.raises(ConfigError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(attention, (q, q, q))

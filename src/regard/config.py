@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import functools
 import math
-import sys
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -418,6 +417,8 @@ def _require_tensor(name: str, value: object) -> None:
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int) -> None:
+    if torch._C._get_tracing_state() is not None:  # sizes are tensors
+        raise ConfigError("q", "a tensor that torch.jit.trace records", "torch.export or torch.compile")
     form = {3: "(total, H, D) with cu_seqlens", 4: "4 dimensions (B, S, H, D) or (B, H, S, D)"}
     for name, tensor, rank in (("q", q, rank_q), ("k", k, rank_k), ("v", v, rank_k)):
         _require_tensor(name, tensor)
@@ -461,8 +462,9 @@ def _check_sizes(config: AttentionConfig) -> None:
 def _check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise ConfigError(name, repr(value), "a number")
-    if isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise ConfigError(name, f"an int of {value.bit_length()} bits", "a number that a float holds")
+    if isinstance(value, (int, float)) and abs(value) > torch.finfo(torch.float32).max:
+        seen = f"an int of {value.bit_length()} bits" if isinstance(value, int) else value
+        raise ConfigError(name, seen, "a finite number that float32 holds")
     return value  # type: ignore[return-value]
 
 
@@ -471,7 +473,7 @@ def _check_semantics(config: AttentionConfig) -> None:
     if not math.isfinite(scale):
         raise ConfigError("softmax_scale", scale, "a finite number")
     softcap = _check_number("softcap", config.softcap)
-    if not (math.isfinite(softcap) and softcap >= 0):
+    if not softcap >= 0:
         raise ConfigError("softcap", softcap, "a finite number of at least 0 (0 is off)")
     dropout_p = _check_number("dropout_p", config.dropout_p)
     if not 0 <= dropout_p < 1:

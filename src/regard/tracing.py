@@ -13,9 +13,12 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_watched() -> bool:
-    """Whether something looks at every call: torch.compile, a dispatch mode, a transform, forward-mode derivatives."""
+    """Whether something looks at every call: torch.compile, a dispatch mode, a transform, forward-mode derivatives; or
+    torch.jit.trace, which `AttentionConfig.from_tensors` refuses.
+    """
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
