@@ -101,6 +101,17 @@ def test_the_page_nests_and_its_ids_are_its_own(page):
     assert len(page.ids) == len(set(page.ids))
 
 
+def test_a_machine_is_told_once_with_what_differed_between_its_runs(tmp_path):
+    rows = made_up_rows()
+    for row, clock, commit in zip(rows, (1575.0, 1875.5, 1800.0), ("abc123", "def456", "abc123"), strict=False):
+        row["environment"] = {**row["environment"], "sm_clock_mhz": clock, "commit": commit}
+    rows[3]["environment"] = {**rows[3]["environment"], "torch": "2.12.0"}
+    write_report(rows, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<dt>machine</dt>") == 2, "another torch is another environment, another clock is not"
+    assert "<dd>1575 to 1875.5</dd>" in text and "<dd>abc123, def456</dd>" in text
+
+
 def test_the_page_asks_nothing_of_the_network(report, page):
     assert all(link.startswith("#") for link in page.links)
     text = (report / "report.html").read_text()

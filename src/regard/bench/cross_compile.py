@@ -93,7 +93,7 @@ def source_of(kernel: Any, arguments: Mapping[str, Any], arch: str) -> ASTSource
 
 
 def tile_of(arguments: Mapping[str, Any], options: Mapping[str, int]) -> tuple[str, int]:
-    """A launch's tile, BLOCK_M x BLOCK_N or "" where it has none, and the depth of its pipeline: 1 where it has none."""
+    """A launch's tile, BLOCK_M x BLOCK_N or "" where it has none, and its pipeline's depth: 1 where it has none."""
     sizes = [arguments.get(name) for name in ("BLOCK_M", "BLOCK_N")]
     stages = [options.get("num_stages"), arguments.get("KEY_STAGES"), arguments.get("STAGES")]
     if "k_desc" in arguments:  # the Hopper backward has these as constants, and two stages where it names none

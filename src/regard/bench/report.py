@@ -19,6 +19,8 @@ _ENVIRONMENT = {
 }  # fmt: skip
 """Fields of a row's environment that the page shows, and how it calls them."""
 
+_DIFFERS_BETWEEN_RUNS = ("load", "sm_clock_mhz", "commit")
+
 
 def missing_packages() -> list[str]:
     """Packages the report needs that are not installed."""
@@ -87,15 +89,26 @@ def headline(rows: Sequence[Row]) -> str:
     return " ".join(parts) or "Nothing here was measured beside a reference implementation."
 
 
-def _environments(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Machines and versions, each once, under readable names."""
-    found = []
+def _environments(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Machines and versions, each once, under readable names, with all that was seen of what differs between runs."""
+    found: dict[tuple[Any, ...], dict[str, list[Any]]] = {}
     for row in rows:
-        facts = row["environment"]
-        shown = {label: facts[name] for name, label in _ENVIRONMENT.items() if facts.get(name) is not None}
-        if shown not in found:
-            found.append(shown)
-    return found
+        facts = {name: row["environment"][name] for name in _ENVIRONMENT if row["environment"].get(name) is not None}
+        seen = found.setdefault(tuple(item for item in facts.items() if item[0] not in _DIFFERS_BETWEEN_RUNS), {})
+        for name, value in facts.items():
+            seen.setdefault(name, []).append(value)
+    return [
+        {label: _spread_of(seen[name]) for name, label in _ENVIRONMENT.items() if name in seen}
+        for seen in found.values()
+    ]
+
+
+def _spread_of(values: Sequence[Any]) -> str:
+    """Numbers from the least to the greatest, texts one after the other."""
+    different = list(dict.fromkeys(values))
+    if len(different) > 1 and all(isinstance(value, (int, float)) for value in different):
+        return f"{min(different):g} to {max(different):g}"
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in different)
 
 
 def _shown(row: Row) -> dict[str, Any]:
