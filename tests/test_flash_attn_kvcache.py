@@ -211,6 +211,7 @@ def one(value):
         (dict(q=Q[:1], **CACHES), "k_cache: .*cache_batch_idx"),
         (dict(q=Q, **CACHES, cache_batch_idx=one(2)), "cache_batch_idx: .*2.*needs .*0..1"),
         (dict(q=Q, **CACHES, cache_leftpad=one(5), cache_seqlens=3), "cache_leftpad"),
+        (dict(q=Q, **CACHES, cache_leftpad=one(-2), cache_seqlens=3), "cache_leftpad"),
         (
             dict(q=Q, **CACHES, cache_batch_idx=one(0), block_table=torch.zeros(2, 1, dtype=INT)),
             "cache_batch_idx: .*block_table",

@@ -84,7 +84,8 @@ def flash_attn_with_kvcache(
         new = k.shape[1]
     check_range("cache_seqlens", held if isinstance(cache_seqlens, Tensor) else cache_seqlens or 0, 0, capacity - new)
     if leftpad is not None:
-        check_range("cache_leftpad", held + new - leftpad, 0, capacity)
+        check_range("cache_leftpad", leftpad, 0, capacity)
+        check_range("cache_leftpad", held + new - leftpad, 0, capacity, "numbers of keys after it")
     wants_gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (q, k_cache, v_cache, k, v)
     )
