@@ -167,8 +167,8 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     """Combine attention over disjoint sets of keys into attention over their union.
 
     Args:
-        outs: each (B, Sq, Hq, Dv).
-        lses: each (B, Hq, Sq), natural log.
+        outs: each (B, Sq, Hq, Dv), or packed (total_q, Hq, Dv).
+        lses: each (B, Hq, Sq), or packed (Hq, total_q), natural log.
 
     Returns:
         (out, lse) as one call over all the keys would give them; a row that saw no key anywhere stays 0 and -inf.
@@ -178,6 +178,8 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     """
     if len(outs) == 0 or len(outs) != len(lses):
         raise ConfigError("outs, lses", f"{len(outs)} and {len(lses)} tensors", "two lists of the same length > 0")
+    if outs[0].ndim not in (3, 4):
+        raise ConfigError("outs[0]", f"shape {tuple(outs[0].shape)}", "(B, Sq, Hq, Dv), or packed (total_q, Hq, Dv)")
     *batch, rows, heads, _ = outs[0].shape
     for index, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.shape != outs[0].shape:
