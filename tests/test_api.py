@@ -148,7 +148,9 @@ def test_merge_of_mismatched_lists_is_an_error(outs, lses):
         regard.merge(outs, lses)
 
 
-@pytest.mark.parametrize("outs, lses", [([Q, K], [Q[..., 0].mT] * 2), ([Q], [Q[..., 0]]), ([Q.transpose(1, 2)], [Q]), ([Q[0, 0]], [Q[0, 0]])])
+@pytest.mark.parametrize(
+    "outs, lses", [([Q, K], [Q[..., 0].mT] * 2), ([Q], [Q[..., 0]]), ([Q.transpose(1, 2)], [Q]), ([Q[0, 0]], [Q[0, 0]])]
+)
 def test_merge_names_a_shape_that_does_not_fit(outs, lses):
     with pytest.raises(ConfigError, match=r"(outs|lses)\[\d\]: got shape"):
         regard.merge(outs, lses)
