@@ -229,9 +229,16 @@ def backward_arguments(called, given=None):
     given = meta_inputs(called) if given is None else given
     grad_out = given.q.new_empty((*given.q.shape[:-1], called.head_dim_v))
     terms = given.q.new_empty(1, dtype=torch.float32)
-    dq = torch.zeros_like(given.q, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return backward_launch(called, given, grad_out, terms).arguments
+
+
+def backward_launch(called, given, grad_out, terms):
+    sums = given.q.new_zeros(hopper.query_sums_shape(called), dtype=torch.float32)
     dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (given.k, given.v))
-    return hopper.backward_launch(called, given, grad_out, terms, terms, dq, dk, dv).arguments
+    counter = given.q.new_empty(2, dtype=torch.int32)
+    return hopper.backward_launch(
+        called, given, grad_out, terms, terms, sums, dk, dv, counter, MULTIPROCESSORS
+    )  # fmt: skip
 
 
 def two_pass_arguments(index):
@@ -317,6 +324,37 @@ def test_packed_heads_take_fewer_programs():
     assert programs(64, 64, seqlen_q=4096) == MULTIPROCESSORS, "persistent: one program a multiprocessor"
 
 
+def test_programs_of_the_backward_in_one_pass():
+    def programs(**options):
+        called = config(heads_q=8, heads_kv=2, batch=3, **options)
+        given = meta_inputs(called)
+        sums = given.q.new_empty(hopper.query_sums_shape(called), dtype=torch.float32)
+        backward = backward_launch(called, given, given.q, given.q.new_empty(1, dtype=torch.float32))
+        return backward.programs, hopper.finish_launch(called, given, sums, given.q).programs
+
+    assert programs(seqlen_k=129) == (3 * 2 * 2, 3 * 8 * 4 * 2), "a key tile each; two for every block of queries"
+    assert programs(seqlen_k=10**5, seqlen_q=129)[0] == MULTIPROCESSORS, "persistent: one program a multiprocessor"
+    assert programs(head_dim=128, head_dim_v=128, seqlen_q=129)[1] == 3 * 8 * 3 * 2
+
+
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, block_m, columns",
+    [(64, 64, 128, 64), (40, 8, 128, 64), (128, 128, 64, 64), (96, 128, 64, 64), (64, 128, 64, 32)],
+)
+def test_how_the_sums_of_one_pass_are_finished(head_dim, head_dim_v, block_m, columns):
+    called = config(head_dim=head_dim, head_dim_v=head_dim_v, **PACKED)
+    given = meta_inputs(called)
+    sums = given.q.new_empty(hopper.query_sums_shape(called), dtype=torch.float32)
+    said = hopper.finish_launch(called, given, sums, given.q).arguments
+    assert (said["BLOCK_M"], said["COLUMNS"], said["HEAD_DIM"]) == (block_m, columns, head_dim)
+    assert said["sums_ptr"] is sums and said["dq_ptr"] is given.q and said["scale"] == 0.125
+    assert said["cu_seqlens_q_ptr"] is given.cu_seqlens_q and (said["batch"], said["total_q"]) == (2, 700)
+    assert sums.numel() == 8 * (700 // block_m + 2) * 2 * 64 * columns, "a block more for every sequence"
+    added = backward_arguments(called)
+    assert added["BLOCK_M"] == block_m and added["dq_desc"].shape == list(sums.shape)
+    assert tile_bytes(added["dq_desc"]) == 64 * columns * 4, "TMA adds what a program finishes"
+
+
 def inputs(layout, heads_q=4, heads_kv=2, head_dim=16, head_dim_v=32):
     def made(heads, columns):
         if layout == "packed":
@@ -368,13 +406,16 @@ def test_descriptors_of_the_backward(layout, launch):
         assert torch.equal(seen(said[name]), by_head(tensor))
     shapes = {"grad_out": (given.q, 32), "dq": (given.q, 16), "dk": (given.k, 16), "dv": (given.v, 32)}
     for name, (like, columns) in shapes.items():
-        if f"{name}_desc" in said:
+        if f"{name}_desc" in said and (name, launch) != ("dq", "backward"):
             assert seen(said[f"{name}_desc"]).shape == (*by_head(like).shape[:-1], columns)
             assert said[f"{name}_desc"].base is said.get(f"{name}_ptr", said[f"{name}_desc"].base)
     filled = {name for name in ("dq", "dk", "dv") if f"{name}_desc" in said}
     assert filled == {"backward": {"dq", "dk", "dv"}, "keys": {"dk", "dv"}, "queries": {"dq"}}[launch]
     if launch == "backward":
-        assert said["dq_desc"].base.dtype == torch.float32, "it is summed in memory"
+        sums = said["dq_desc"]
+        assert sums.base.dtype == torch.float32, "it is summed in memory"
+        assert sums.shape == list(hopper.query_sums_shape(called)) and seen(sums).is_contiguous()
+        assert sums.block_shape == [32, 128] and sums.layout.swizzle_byte_width == 0, "as threads hold it"
 
 
 def test_descriptors_of_calls_that_look_alike_point_at_their_own_tensors():
@@ -439,6 +480,16 @@ def test_heads_that_share_l2():
     assert section(4096) == 32 * 2**20 // (4096 * 128 * 2)
     assert section(2**20) == 1
     assert section(2**20, heads_q=24, heads_kv=8) == 3, "a key head's queries stay together"
+
+
+def test_heads_whose_queries_share_l2():
+    def section(seqlen_q, **options):
+        return backward_arguments(config(seqlen_q=seqlen_q, **options))["section"]
+
+    row = 64 * (2 + 2 + 4)  # queries, output gradients and fp32 sums
+    assert section(4096) == 32 * 2**20 // (4096 * row)
+    assert section(4096, heads_q=24, heads_kv=8) == 32 * 2**20 // (3 * 4096 * row)
+    assert section(2**20) == 1
 
 
 def test_table_covers_every_padded_head_dim():

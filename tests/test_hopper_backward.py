@@ -1,5 +1,5 @@
 """What of the Hopper kernels needs no GPU: which blocks a tile visits, the weights of a tile and their gradient, and
-what the programs of a backward cover.
+what the programs of a backward in two passes cover. `test_hopper_one_pass.py` has the backward in one pass.
 
 The kernels' own functions run here, on plain numbers and torch tensors instead of Gluon's.
 """
@@ -7,16 +7,14 @@ The kernels' own functions run here, on plain numbers and torch tensors instead 
 import dataclasses
 import itertools
 import math
-import sys
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
+from gluon_on_cpu import INTEGERS, SCRATCH, Numbers, cdiv, plain, shared_memory_of, start_program
 
 from regard import AttentionConfig
 from regard.backends import hopper
@@ -25,25 +23,8 @@ from regard.backends.launch import Launch
 from regard.bench.cross_compile import meta_inputs
 from regard.kernels import hopper_backward, hopper_forward, hopper_two_pass
 
-
-def plain(function, **names):
-    """A kernel's function, and those it calls, as functions of Python, where their globals mean this."""
-    known = dict(function.fn.__globals__)
-    for name in set(function.fn.__code__.co_names) & set(known):
-        if isinstance(known[name], gluon._runtime.GluonJITFunction):
-            known[name] = plain(known[name], **names)
-        elif isinstance(known[name], gl.constexpr):
-            known[name] = known[name].value
-    return FunctionType(function.fn.__code__, {**known, **names}, argdefs=function.fn.__defaults__)
-
-
-def cdiv(a, b):
-    return -(-a // b)
-
-
 # --- Which blocks a tile visits
 
-INTEGERS = SimpleNamespace(maximum=max, minimum=min, cdiv=cdiv)
 query_blocks = plain(hopper_backward.query_blocks, gl=INTEGERS)
 key_blocks = plain(hopper_forward.key_blocks, gl=INTEGERS)
 
@@ -158,7 +139,9 @@ TENSORS = SimpleNamespace(
     where=torch.where, exp2=torch.exp2, abs=torch.abs, maximum=torch.maximum, float32=torch.float64
 )
 softmax_weights = plain(hopper_two_pass.softmax_weights, gl=TENSORS)
-softmax_gradient = plain(hopper_backward.softmax_gradient, gl=TENSORS)
+one_pass_weights = plain(
+    hopper_backward.softmax_weights, gl=TENSORS, read_field=lambda records, _, field: records[field]
+)
 LOG2_E = math.log2(math.e)
 
 
@@ -234,24 +217,42 @@ def test_pairs_are_looked_at_where_some_may_be_hidden(rows):
     assert torch.allclose(p[:45], unmasked[:45], rtol=1e-10) and not p[45:].any(), "keys past the sequence"
 
 
+def weights_in_one_pass(tile, edge=True, **changes):
+    """P from the products that start at -lse; the tile is told of as keys from 5 on and block 2 of queries."""
+    call = SimpleNamespace(**{**vars(tile.call), "BLOCK_M": 8, **changes})
+    known = {"FIRST_KEY": 5, "LENGTH_K": call.length_k, "SHIFT": call.length_k - call.length_q}
+    call.records = {getattr(hopper_backward, field).value: value for field, value in known.items()}
+    s = tile.s - tile.row_lse / (call.scale * LOG2_E)
+    return one_pass_weights(s, call, 0, 2, tile.key - 5, tile.query - 16, tile.slope, edge)
+
+
 @pytest.mark.parametrize("slope", [None, 0.1])
-def test_weights_and_gradient_in_one_pass(slope):
+def test_weights_in_one_pass(slope):
     tile = tile_of_products(None, slope)
-    call = tile.call
-    p, ds = softmax_gradient(
-        tile.s - tile.row_lse / (call.scale * LOG2_E), tile.dp - tile.delta, tile.key, tile.query,
-        call.length_k - call.length_q, call.length_k, slope, call.scale, call.window_left, call.right_reach, True,
-    )  # fmt: skip
-    assert (p - tile.p).abs().max() < 1e-11 and (call.scale * ds - tile.ds).abs().max() < 1e-11
-    assert not p[~tile.seen].any() and not ds[~tile.seen].any()
+    p = weights_in_one_pass(tile)
+    assert (p - tile.p).abs().max() < 1e-11 and not p[~tile.seen].any()
+    ds = tile.call.scale * p * (tile.dp - tile.delta)  # products for dP start at -delta
+    assert (ds - tile.ds).abs().max() < 1e-11 and tile.ds.abs().max() > 0.005
+
+
+def test_pairs_are_looked_at_in_one_pass_where_some_may_be_hidden():
+    tile = tile_of_products(None, None)
+    unmasked = torch.exp2(tile.s * (tile.call.scale * LOG2_E) - tile.row_lse)
+    nowhere = dict(window_left=None, right_reach=None)
+    for p in (weights_in_one_pass(tile, edge=False), weights_in_one_pass(tile, **nowhere, RAGGED=False)):
+        assert torch.allclose(p, unmasked, rtol=1e-10)
+    p = weights_in_one_pass(tile, **nowhere)
+    assert torch.allclose(p[:45], unmasked[:45], rtol=1e-10) and not p[45:].any(), "keys past the sequence"
+    for band in ("window_left", "right_reach"):
+        p = weights_in_one_pass(tile, RAGGED=False, **{band: None})
+        hidden = p.eq(0) & unmasked.gt(0)
+        assert 0 < hidden.sum() < (~tile.seen).sum(), "one side of a band is enough"
 
 
 # --- What the programs of a backward cover
 
 HEAD_DIMS = range(8, 257, 8)
 SHARED_LIMIT = 227 * 1024
-SCRATCH = 512
-"""Bytes of shared memory that the compiler takes beside what a kernel asks for, at most."""
 CONFIG = AttentionConfig(
     batch=2, seqlen_q=300, seqlen_k=200, heads_q=6, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda",
     arch="sm90", requires_grad=True,
@@ -270,71 +271,16 @@ def launches_of(config):
     if hopper._needs_two_passes(config):
         launches = hopper.two_pass_launches(config, inputs, grad_out, terms, terms, inputs)
     else:
-        launches = [hopper.backward_launch(config, inputs, grad_out, terms, terms, inputs.q.float(), *inputs[1:3])]
+        sums = inputs.q.new_empty(hopper.query_sums_shape(config), dtype=torch.float32)
+        launches = [
+            hopper.backward_launch(config, inputs, grad_out, terms, terms, sums, *inputs[1:3], terms.int(), 132),
+            hopper.finish_launch(config, inputs, sums, inputs.q),
+        ]
     return {launch.kernel.fn.__name__: launch for launch in launches}
 
 
-class Memory:
-    """Shared memory, of which only the size is told."""
-
-    def index(self, _stage):
-        return self
-
-
-class Pointer:
-    """A place among numbers in global memory."""
-
-    def __init__(self, *numbers, place=0):
-        self.numbers, self.place = numbers, place
-
-    def __add__(self, offset):
-        return Pointer(*self.numbers, place=self.place + offset)
-
-    def load(self, mask=None):
-        return self.numbers[self.place]
-
-
-def start_program(launch, number, **pointers):
-    """What a program of a launch knows when its roles begin, by the names its kernel gives it, and how much shared
-    memory it asked for; None where it ends before."""
-    known = {}
-    asked = []
-
-    def allocate(itemsize, shape, _layout):
-        asked.append(itemsize * math.prod(shape))
-        return Memory()
-
-    def warp_specialize(*_roles):
-        known.update(sys._getframe(1).f_locals)
-
-    def nothing(*_values, **_options):
-        return None
-
-    language = SimpleNamespace(
-        **vars(INTEGERS), program_id=lambda _: number, load=Pointer.load, allocate_shared_memory=allocate,
-        warp_specialize=warp_specialize, static_range=range, int64=8, float32=4, SwizzledSharedLayout=nothing,
-        NVMMASharedLayout=SimpleNamespace(get_default_for=nothing),
-    )  # fmt: skip
-    barriers = SimpleNamespace(MBarrierLayout=nothing, init=nothing, invalidate=nothing)
-
-    def ring(_tiles, _full, empty, stages):
-        return SimpleNamespace(empty=empty, STAGES=stages)
-
-    def described(descriptor):
-        block = SimpleNamespace(shape=descriptor.block_shape)
-        return SimpleNamespace(block_type=block, dtype=descriptor.base.element_size(), layout=None)
-
-    start = plain(launch.kernel, gl=language, mbarrier=barriers, fence_async_shared=nothing, Ring=ring, Call=nothing,
-                  KeyPass=nothing, QueryPass=nothing)  # fmt: skip
-    arguments = {
-        name: described(value) if name.endswith("_desc") else value for name, value in launch.arguments.items()
-    }
-    start(**{**arguments, **pointers})
-    return {**known, "shared": sum(asked)} if known else None
-
-
-ONE_PASS, KEYS, QUERIES = "attention_backward", "backward_keys", "backward_queries"
-TILE = {ONE_PASS: 128, KEYS: 64, QUERIES: 128}
+ONE_PASS, FINISH, KEYS, QUERIES = "attention_backward", "finish_queries", "backward_keys", "backward_queries"
+TILE = {KEYS: 64, QUERIES: 128}
 """Rows of a program: keys, in the pass for dQ queries."""
 
 
@@ -353,8 +299,6 @@ def tiles_of(launch, **pointers):
 
 
 CALLS = {
-    "one pass": config(),
-    "one pass causal": config(causal=True),
     "deterministic": config(deterministic=True),
     "softcap": config(head_dim=128, softcap=30.0, causal=True),
     "wide": config(head_dim=256, window=(70, 130)),
@@ -368,7 +312,7 @@ CALLS = {
 def test_every_row_has_one_program(call):
     called = CALLS[call]
     launches = launches_of(called)
-    assert set(launches) == ({ONE_PASS} if call.startswith("one pass") else {KEYS, QUERIES})
+    assert set(launches) == {KEYS, QUERIES}
     for name, launch in launches.items():
         rows, heads = (called.seqlen_q, 6) if name == QUERIES else (called.seqlen_k, 2)
         programs = tiles_of(launch)
@@ -379,11 +323,10 @@ def test_every_row_has_one_program(call):
             assert blocks == sorted(blocks, reverse=True) and blocks[0] > blocks[-1], "the longest programs first"
 
 
-@pytest.mark.parametrize("options", [{}, dict(deterministic=True)], ids=["one pass", "two passes"])
-def test_every_packed_row_has_one_program(options):
+def test_every_packed_row_has_one_program():
     starts_q, starts_k = (0, 300, 300, 301, 500), (0, 130, 258, 258, 300)
-    called = config(batch=4, varlen=True, total_q=500, total_k=300, **options)
-    pointers = dict(cu_seqlens_q_ptr=Pointer(*starts_q), cu_seqlens_k_ptr=Pointer(*starts_k))
+    called = config(batch=4, varlen=True, total_q=500, total_k=300, deterministic=True)
+    pointers = dict(cu_seqlens_q_ptr=Numbers(*starts_q), cu_seqlens_k_ptr=Numbers(*starts_k))
     for name, launch in launches_of(called).items():
         starts, heads = (starts_q, 6) if name == QUERIES else (starts_k, 2)
         programs = tiles_of(launch, **pointers)
@@ -397,12 +340,11 @@ def test_every_packed_row_has_one_program(options):
             assert known["length_q"] == starts_q[sequence + 1] - starts_q[sequence]
 
 
-@pytest.mark.parametrize("options", [{}, dict(deterministic=True)], ids=["one pass", "two passes"])
-def test_keys_past_kv_lens_are_not_read_but_get_their_zeros(options):
-    called = config(batch=3, kv_lens=True, **options)
+def test_keys_past_kv_lens_are_not_read_but_get_their_zeros():
+    called = config(batch=3, kv_lens=True, deterministic=True)
     lengths = (0, 70, 10**6)
     for name, launch in launches_of(called).items():
-        programs = tiles_of(launch, kv_lens_ptr=Pointer(*lengths))
+        programs = tiles_of(launch, kv_lens_ptr=Numbers(*lengths))
         assert len(programs) == launch.programs, "every row of the gradients is written"
         for (sequence, _, first), blocks, known in programs:
             assert known["length_k"] == min(lengths[sequence], called.seqlen_k)
@@ -424,26 +366,54 @@ def test_the_backward_launches_what_the_call_needs(options, two, monkeypatch):
     inputs = meta_inputs(called)
     ran = []
     monkeypatch.setattr(Launch, "run", lambda launch, _device: ran.append(launch))
+    counter = inputs.q.new_empty(2, dtype=torch.int32)
+    monkeypatch.setattr(hopper, "_counter", lambda _device: counter)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda _device: 132)
     out = inputs.q.new_empty(inputs.out_shape)
     lse = inputs.q.new_empty(inputs.lse_shape, dtype=torch.float32)
     found = HopperBackend().backward(called, inputs, out, lse, out, None)
     _row_terms, *passes = ran
-    assert [launch.kernel.fn.__name__ for launch in passes] == ([KEYS, QUERIES] if two else [ONE_PASS])
+    assert [launch.kernel.fn.__name__ for launch in passes] == ([KEYS, QUERIES] if two else [ONE_PASS, FINISH])
     filled = {name: value for launch in passes for name, value in launch.arguments.items()}
     assert filled["dk_desc"].base is filled["dk_ptr"] is found["k"]
     assert filled["dv_desc"].base is filled["dv_ptr"] is found["v"]
     if two:
         assert filled["dq_desc"].base is filled["dq_ptr"] is found["q"]
     else:
-        assert filled["dq_desc"].base.dtype == torch.float32 and filled["dq_desc"].base.shape == inputs.q.shape
+        assert filled["dq_desc"].base is filled["sums_ptr"] and filled["dq_ptr"] is found["q"]
+        assert filled["counter_ptr"] is counter
+        assert filled["sums_ptr"].dtype == torch.float32 and filled["sums_ptr"].shape == hopper.query_sums_shape(called)
 
 
 @pytest.mark.parametrize("options", [{}, dict(deterministic=True)], ids=["default", "deterministic"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_tiles_fit_in_shared_memory(head_dim, options):
     for head_dim_v in HEAD_DIMS:
-        for name, launch in launches_of(config(head_dim, head_dim_v, **options)).items():
+        launches = launches_of(config(head_dim, head_dim_v, **options))
+        launches.pop(FINISH, None)
+        for name, launch in launches.items():
             blocks = {key: value.block_shape for key, value in launch.arguments.items() if key.endswith("_desc")}
             assert blocks["q_desc"][-1] == blocks["k_desc"][-1] >= head_dim
             assert blocks["v_desc"][-1] == blocks["grad_out_desc"][-1] >= head_dim_v
-            assert start_program(launch, 0)["shared"] + SCRATCH <= SHARED_LIMIT, (name, head_dim_v)
+            assert shared_memory_of(launch) + SCRATCH <= SHARED_LIMIT, (name, head_dim_v)
+
+
+KIB = 1024
+BARRIERS = 8 * (2 * 2 * 5 + 2 * 2)  # two stages of five rings, full and empty, and of two companions
+
+
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, tiles",
+    [
+        # queries, output gradients, scores, keys, values, what leaves, row terms
+        (64, 64, (2 * 16 + 2 * 16 + 2 * 32 + 2 * 16 + 2 * 16 + 2 * 16) * KIB + 2 * 2 * 128 * 4),
+        (40, 8, (2 * 16 + 2 * 16 + 2 * 32 + 2 * 16 + 2 * 16 + 2 * 16) * KIB + 2 * 2 * 128 * 4),
+        (128, 128, (2 * 16 + 2 * 16 + 2 * 16 + 2 * 32 + 1 * 32 + 2 * 16) * KIB + 2 * 2 * 64 * 4),
+        (128, 64, (2 * 16 + 2 * 8 + 2 * 16 + 2 * 32 + 1 * 16 + 2 * 16) * KIB + 2 * 2 * 64 * 4),
+        (64, 128, (2 * 8 + 2 * 16 + 2 * 16 + 2 * 16 + 1 * 32 + 2 * 16) * KIB + 2 * 2 * 64 * 4),
+    ],
+)
+def test_what_the_backward_in_one_pass_asks_for(head_dim, head_dim_v, tiles):
+    barriers = BARRIERS if max(head_dim, head_dim_v) <= 64 else BARRIERS - 16  # the values' second stage
+    records = 2 * 16 * 4
+    assert shared_memory_of(launches_of(config(head_dim, head_dim_v))[ONE_PASS]) == tiles + records + barriers

@@ -53,11 +53,12 @@ MATRIX_INSTRUCTIONS = {
 
 
 class Kernel(NamedTuple):
-    """A kernel under the gate: its tile table (the Hopper kernels' cases are written out instead), and its launch
-    (kernel, arguments, options) for a call."""
+    """A kernel under the gate: its tile table (the Hopper kernels' cases are written out instead), its launch (kernel,
+    arguments, options) for a call, and whether it multiplies matrices."""
 
     table: Mapping[tuple[str, int, int], tuple[tuning.Rule, ...]]
     launch: Callable[[AttentionConfig, AttentionInputs], tuple[Any, Mapping[str, Any], Mapping[str, int]]]
+    products: bool = True
 
 
 def _forward(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
@@ -88,8 +89,7 @@ def _backward(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping
 def _hopper_forward(
     config: AttentionConfig, inputs: AttentionInputs
 ) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-    counter = inputs.q.new_empty(2, dtype=torch.int32)
-    launch = hopper.forward_launch(config, inputs, *_outputs(config, inputs), counter, _MULTIPROCESSORS)
+    launch = hopper.forward_launch(config, inputs, *_outputs(config, inputs), _counter(inputs), _MULTIPROCESSORS)
     return launch.kernel, launch.arguments, launch.options
 
 
@@ -97,8 +97,28 @@ def _hopper_backward(
     config: AttentionConfig, inputs: AttentionInputs
 ) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
     grad_out, lse = _outputs(config, inputs)
-    launch = hopper.backward_launch(config, inputs, grad_out, lse, lse, inputs.q.float(), inputs.k, inputs.v)
+    launch = hopper.backward_launch(
+        config, inputs, grad_out, lse, lse, _sums(config, inputs), inputs.k, inputs.v, _counter(inputs),
+        _MULTIPROCESSORS,
+    )  # fmt: skip
     return launch.kernel, launch.arguments, launch.options
+
+
+def _hopper_finish(
+    config: AttentionConfig, inputs: AttentionInputs
+) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
+    launch = hopper.finish_launch(config, inputs, _sums(config, inputs), inputs.q)
+    return launch.kernel, launch.arguments, launch.options
+
+
+def _sums(config: AttentionConfig, inputs: AttentionInputs) -> torch.Tensor:
+    """The sums of dQ that pass between the two."""
+    return inputs.q.new_empty(hopper.query_sums_shape(config), dtype=torch.float32)
+
+
+def _counter(inputs: AttentionInputs) -> torch.Tensor:
+    """The tile counter of a persistent kernel."""
+    return inputs.q.new_empty(2, dtype=torch.int32)
 
 
 def _hopper_two_pass(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[str, int]]]:
@@ -119,6 +139,7 @@ KERNELS = {
     "backward-bias": Kernel({}, _backward(2)),
     "hopper-forward": Kernel({}, _hopper_forward),
     "hopper-backward": Kernel({}, _hopper_backward),
+    "hopper-backward-finish": Kernel({}, _hopper_finish, products=False),
     "hopper-backward-keys": Kernel({}, _hopper_two_pass(0)),
     "hopper-backward-queries": Kernel({}, _hopper_two_pass(1)),
 }
@@ -182,6 +203,13 @@ HOPPER_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("d64 causal", dict(head_dim=64, causal=True)),
         ("d128 plain", dict(head_dim=128)),
         ("d128 causal", dict(head_dim=128, causal=True)),
+        ("d64-dv128", dict(head_dim=64, head_dim_v=128)),
+        ("d64 everything", dict(head_dim=64, **_HOPPER_EVERYTHING)),
+        ("d128 everything", dict(head_dim=128, **_HOPPER_EVERYTHING)),
+    ],
+    "hopper-backward-finish": [
+        ("d40 plain", dict(head_dim=40)),
+        ("d64-dv128", dict(head_dim=64, head_dim_v=128)),
         ("d128 everything", dict(head_dim=128, **_HOPPER_EVERYTHING)),
     ],
     "hopper-backward-keys": _HOPPER_TWO_PASSES,
@@ -262,13 +290,16 @@ def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
         wgmma_serializations,
     )
 
-    kernel, arguments, options = KERNELS[name.split()[0]].launch(config, meta_inputs(config))
+    gated = KERNELS[name.split()[0]]
+    kernel, arguments, options = gated.launch(config, meta_inputs(config))
     arch = tuning.table_architecture(config.arch)
     assert arch is not None
     compiled = compile_launch(kernel, arguments, options, arch)
     block, stages = tile_of(arguments, options)
     block += f" d{arguments['DIMS']}" if arguments.get("DIMS", 256) < config.head_dim else ""
     record = {"tile": f"{block} w{compiled.metadata.num_warps} s{stages}", **footprint(compiled, arch)._asdict()}
+    if not gated.products:
+        record["products"] = False
     if kernel.is_gluon():
         record |= {"tma": has_tma(compiled), "serialized": wgmma_serializations(compiled, arch)}
         record["stray_barriers"] = stray_barriers(barrier_offsets(compiled))
@@ -326,10 +357,11 @@ def faults(config: AttentionConfig, seen: Mapping[str, Any], recorded: Mapping[s
     limit = SHARED_LIMIT[arch]
     if seen["shared"] > limit:
         found.append(f"shared memory is {seen['shared']} bytes; {arch} has {limit} for a workgroup")
+    products = seen.get("products", True)
     kinds = MATRIX_INSTRUCTIONS[arch]
-    if arch == "sm90" and int(seen["tile"].split("x")[0]) < 64:
+    if products and arch == "sm90" and int(seen["tile"].split("x")[0]) < 64:
         kinds = {"mma", "wgmma"}  # wgmma multiplies 64 rows at a time, which of a backward tile may be the keys
-    if config.dtype.itemsize == 2 and not kinds & set(seen["matrix"].split("+")):
+    if products and config.dtype.itemsize == 2 and not kinds & set(seen["matrix"].split("+")):
         found.append(f"no matrix instruction: found {seen['matrix'] or 'none'}, expected {' or '.join(sorted(kinds))}")
     if config.dtype == torch.float32 and arch.startswith("sm") and seen["matrix"]:
         found.append(f"float32 products use {seen['matrix']}, which rounds them to tf32 unasked")

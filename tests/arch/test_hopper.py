@@ -4,21 +4,23 @@
 """
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import footprints
 import pytest
+from gluon_on_cpu import SCRATCH, shared_memory_of
 
 from regard.backends import hopper
 from regard.backends.hopper import HopperBackend
 from regard.bench.cross_compile import barrier_offsets, has_tma, meta_inputs, source_of, wgmma_serializations
 from regard.kernels import hopper_tuning
 
-FORWARD, ONE_PASS, KEYS, QUERIES = (
+FORWARD, ONE_PASS, FINISH, KEYS, QUERIES = (
     footprints.cases(f"hopper-{kernel}", "sm90")
-    for kernel in ("forward", "backward", "backward-keys", "backward-queries")
+    for kernel in ("forward", "backward", "backward-finish", "backward-keys", "backward-queries")
 )
-BACKWARD = {**ONE_PASS, **KEYS, **QUERIES}
+BACKWARD = {**ONE_PASS, **FINISH, **KEYS, **QUERIES}
 CASES = {**FORWARD, **BACKWARD}
 GOOD = dict(
     tile="128x128 w12 s2", registers=168, shared=197000, spills=0, matrix="wgmma", tma=True, serialized=[],
@@ -42,11 +44,15 @@ def test_the_backend_serves_every_case(name):
     config = dataclasses.replace(CASES[name], requires_grad=name in BACKWARD)
     assert not HopperBackend().unsupported_reasons(config)
     if name in BACKWARD:
-        assert hopper._needs_two_passes(config) == (name not in ONE_PASS), "it takes the kernels that are compiled"
+        assert hopper._needs_two_passes(config) == (name in {**KEYS, **QUERIES}), (
+            "it takes the kernels that are compiled"
+        )
 
 
 def test_no_other_architecture_has_cases():
-    for kernel in ("hopper-forward", "hopper-backward", "hopper-backward-keys", "hopper-backward-queries"):
+    hopper_kernels = [kernel for kernel in footprints.KERNELS if kernel.startswith("hopper")]
+    assert len(hopper_kernels) == 5
+    for kernel in hopper_kernels:
         assert not footprints.cases(kernel, "sm80") and not footprints.cases(kernel, "sm100")
 
 
@@ -59,6 +65,10 @@ def test_every_tile_is_compiled():
     assert {(tile.block_m, tile.block_n) for tile in tiles} <= compiled
     sizes = {launch_of(name, config)[1]["BLOCK_M"] for name, config in ONE_PASS.items()}
     assert sizes == {hopper_tuning.backward_block_m(d, d) for d in (64, 128)}
+    parts = {
+        tuple(launch_of(name, config)[1][key] for key in ("BLOCK_M", "COLUMNS")) for name, config in FINISH.items()
+    }
+    assert parts == {(128, 64), (64, 64), (64, 32)}
     for cases in (KEYS, QUERIES):
         compiled = {hopper_tuning.two_pass_tile(config.head_dim, config.head_dim_v) for config in cases.values()}
         assert compiled == {hopper_tuning.two_pass_tile(d, d) for d in range(8, 257, 8)}
@@ -92,6 +102,18 @@ def test_sizes_compile_nothing_anew(name):
     sizes = dict(batch=1, seqlen_q=1280, seqlen_k=1536, heads_q=1, heads_kv=1)
     assert source(name) == source(name, **sizes)
     assert source(name) != source(name, window=(64, 0)), "a feature does"
+
+
+@pytest.mark.parametrize("path", sorted(footprints.RECORDS.glob("*.json")), ids=lambda path: path.stem)
+def test_kernels_take_little_shared_memory_beside_what_they_ask_for(path):
+    """So that `SCRATCH` bounds what other head dims take too."""
+    recorded = json.loads(path.read_text())["sm90"]
+    beside = {}
+    for name, config in {**ONE_PASS, **KEYS, **QUERIES}.items():
+        kernel, arguments, _ = launch_of(name, config)
+        asked = shared_memory_of(SimpleNamespace(kernel=kernel, arguments=arguments))
+        beside[name] = recorded[name]["shared"] - asked
+    assert min(beside.values()) >= 0 and max(beside.values()) <= SCRATCH, beside
 
 
 PTX = """

@@ -1,0 +1,416 @@
+"""The Hopper backward in one pass, without a GPU: which tiles its programs take, where the sums of dQ lie, and the whole
+kernel, role by role, against autograd. See `gluon_on_cpu.py`.
+"""
+
+import dataclasses
+import itertools
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gluon_on_cpu import HOPPER, INTEGERS, Numbers, arguments_on_cpu, cdiv, plain, run_programs
+
+from regard import AttentionConfig, AttentionInputs
+from regard.backends import hopper
+from regard.kernels import hopper_backward as kernels
+from regard.kernels import hopper_tuning
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONFIG = AttentionConfig(
+    batch=2, seqlen_q=300, seqlen_k=200, heads_q=4, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda",
+    arch="sm90", requires_grad=True,
+)  # fmt: skip
+
+
+def config(head_dim=64, head_dim_v=None, **options):
+    return dataclasses.replace(CONFIG, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, **options)
+
+
+# --- Which tiles the programs take
+
+tile_of = plain(kernels.tile_of, gl=INTEGERS)
+HEAD_DIMS = ((64, 64), (128, 128), (96, 96), (40, 40), (64, 128), (128, 32))
+
+
+@pytest.mark.parametrize("section", [1, 2, 3, 7, 100])
+def test_every_tile_has_one_index(section):
+    for batch, heads_kv, blocks_n in itertools.product((1, 2, 5), (1, 2, 3, 8), (1, 2, 3, 16)):
+        total = batch * heads_kv * blocks_n
+        tiles = [tile_of(index, blocks_n, batch, heads_kv, section) for index in range(total)]
+        everything = itertools.product(range(0, blocks_n * 128, 128), range(heads_kv), range(batch))
+        assert sorted(tiles) == sorted(everything)
+        heads = [sequence * heads_kv + head_k for _, head_k, sequence in tiles]
+        for start in range(0, batch * heads_kv, section):
+            mine = slice(start * blocks_n, (start + section) * blocks_n)
+            assert {head // section for head in heads[mine]} == {start // section}, "a section's heads stay together"
+            keys = [first_key for first_key, *_ in tiles[mine]]
+            assert keys == sorted(keys), "with a causal bound the longest come first"
+
+
+class Taken:
+    """A ring that notes what is copied to it."""
+
+    def __init__(self):
+        self.copies = []
+
+    def copy(self, step, _desc, place):
+        assert step == len(self.copies)
+        self.copies.append(tuple(place))
+
+
+def schedule(called, programs, **pointers):
+    """What programs that take turns load: their records; of every one its keys' places, and the blocks of queries
+    (sequence, head, block) that come with them.
+    """
+    index = itertools.count(programs)
+    numbers = ("EXISTS", "FIRST_KEY", "HEAD_K", "SEQUENCE", "START_Q", "START_K", "LENGTH_K", "SHIFT", "LOW",
+               "FULL_LOW", "FULL_HIGH", "HIGH")  # fmt: skip
+    found = []
+
+    def write_record(_records, tile, fields):
+        record = {name: fields[getattr(kernels, name).value] for name in numbers[: len(fields)]}
+        found[-1].records.append(SimpleNamespace(**record))
+        assert tile == len(found[-1].records) - 1
+
+    def load_block(_call, step, plane, head, block, start_q, length_q, rows):
+        assert step == len(found[-1].blocks)
+        found[-1].blocks.append((plane, head, block, start_q, length_q, rows))
+
+    left, right = called.band
+    block_m = hopper_tuning.backward_block_m(called.head_dim, called.head_dim_v)
+    absent = dict.fromkeys(("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr", "k_desc", "v_desc", "records"))
+    for number in range(programs):
+        found.append(SimpleNamespace(records=[], blocks=[], keys=Taken(), values=Taken()))
+        language = SimpleNamespace(**vars(INTEGERS), program_id=lambda _axis, number=number: number, load=Numbers.load)
+        load_tiles = plain(
+            kernels.load_tiles, gl=language, write_record=write_record, load_block=load_block,
+            claim_tile=lambda _counter: next(index), leave_counters=lambda _counter: None,
+        )  # fmt: skip
+        call = SimpleNamespace(
+            **{**absent, **pointers}, batch=called.batch, heads=called.heads_q, heads_kv=called.heads_kv,
+            seqlen_q=called.seqlen_q, seqlen_k=called.seqlen_k, total_q=called.total_q, total_k=called.total_k,
+            section=3, counter_ptr=None, window_left=left, right_reach=None if right is None else right + 1,
+            BLOCK_M=block_m, keys=found[-1].keys, values=found[-1].values,
+        )  # fmt: skip
+        load_tiles(call)
+    return found
+
+
+def check_schedule(called, taken, tiles):
+    """Every tile of ``tiles`` is taken once; its keys come once where some query sees them, with all such blocks."""
+    group = called.heads_q // called.heads_kv
+    seen = []
+    for program in taken:
+        *records, last = program.records
+        assert last.EXISTS == 0 and not hasattr(last, "HEAD_K"), "and then there are no more"
+        assert program.keys.copies == program.values.copies
+        copies, blocks = iter(program.keys.copies), iter(program.blocks)
+        for tile in records:
+            assert tile.EXISTS == 1
+            seen.append((tile.SEQUENCE, tile.HEAD_K, tile.FIRST_KEY))
+            plane = 0 if called.varlen else tile.SEQUENCE
+            if tile.LOW < tile.HIGH:
+                assert next(copies) == (plane, tile.HEAD_K, tile.START_K + tile.FIRST_KEY, 0)
+            for head, block in itertools.product(range(group), range(tile.LOW, tile.HIGH)):
+                length_q = tile.LENGTH_K - tile.SHIFT
+                rows = called.total_q if called.varlen else called.seqlen_q
+                assert next(blocks) == (plane, tile.HEAD_K * group + head, block, tile.START_Q, length_q, rows)
+        assert not list(copies) and not list(blocks)
+    assert sorted(seen) == sorted(tiles)
+
+
+@pytest.mark.parametrize("programs", [1, 4, 12])
+@pytest.mark.parametrize("options", [{}, dict(causal=True), dict(window=(50, 0)), dict(seqlen_q=40, window=(0, 0))],
+                         ids=["plain", "causal", "window", "keys that no query sees"])  # fmt: skip
+def test_every_key_tile_is_taken_once(options, programs):
+    called = config(batch=3, **options)
+    taken = schedule(called, programs)
+    check_schedule(called, taken, itertools.product(range(3), range(2), (0, 128)))
+
+
+def test_every_packed_key_tile_is_taken_once():
+    starts_q, starts_k = (0, 300, 300, 301, 500), (0, 130, 258, 258, 300)
+    called = config(batch=4, varlen=True, total_q=500, total_k=300, causal=True)
+    taken = schedule(called, 3, cu_seqlens_q_ptr=Numbers(*starts_q), cu_seqlens_k_ptr=Numbers(*starts_k))
+    tiles = [
+        (sequence, head, first) for sequence, head in itertools.product(range(4), range(2))
+        for first in range(0, starts_k[sequence + 1] - starts_k[sequence], 128)
+    ]  # fmt: skip
+    check_schedule(called, taken, tiles)
+    for tile in (tile for program in taken for tile in program.records[:-1]):
+        assert starts_q[tile.SEQUENCE] == tile.START_Q and starts_k[tile.SEQUENCE] == tile.START_K
+
+
+def test_keys_past_kv_lens_are_not_read_but_get_their_zeros():
+    called = config(batch=3, kv_lens=True)
+    lengths = (0, 70, 10**6)
+    taken = schedule(called, 2, kv_lens_ptr=Numbers(*lengths))
+    check_schedule(called, taken, itertools.product(range(3), range(2), (0, 128)))
+    for tile in (tile for program in taken for tile in program.records[:-1]):
+        assert min(lengths[tile.SEQUENCE], called.seqlen_k) == tile.LENGTH_K
+        assert (tile.LOW < tile.HIGH) == (tile.FIRST_KEY < tile.LENGTH_K)
+
+
+# --- Where the sums of dQ lie
+
+
+def read_field(records, _tile, field):
+    return records[field]
+
+
+first_sum = plain(kernels.first_sum, gl=INTEGERS, read_field=read_field)
+blocks_of_sums = plain(kernels.blocks_of_sums, gl=INTEGERS)
+
+
+def places_of_sums(called, starts=None):
+    """Of all blocks of queries of all heads, their place in the sums, as the kernel reckons it."""
+    block_m = hopper_tuning.backward_block_m(called.head_dim, called.head_dim_v)
+    call = SimpleNamespace(BLOCK_M=block_m, cu_seqlens_q_ptr=starts, batch=called.batch, heads=called.heads_q,
+                           heads_kv=called.heads_kv, seqlen_q=called.seqlen_q, total_q=called.total_q)  # fmt: skip
+    group = called.heads_q // called.heads_kv
+    places = []
+    for sequence, head_k, member in itertools.product(range(called.batch), range(called.heads_kv), range(group)):
+        start, stop = (0, called.seqlen_q) if starts is None else starts[sequence : sequence + 2]
+        fields = {"HEAD_K": head_k, "SEQUENCE": sequence, "START_Q": start}
+        call.records = {getattr(kernels, name).value: value for name, value in fields.items()}
+        first = first_sum(call, 0) + member * blocks_of_sums(call)
+        places += range(first, first + cdiv(stop - start, block_m))
+    return places
+
+
+def check_places(called, places):
+    rows, columns = hopper.query_sums_shape(called)
+    block_m = hopper_tuning.backward_block_m(called.head_dim, called.head_dim_v)
+    block = block_m * max(64, 1 << (called.head_dim - 1).bit_length()) / columns  # two parts, with the padded columns
+    assert len(set(places)) == len(places), "no two blocks overlap"
+    assert min(places, default=0) >= 0 and (max(places, default=-1) + 1) * block <= rows, "they lie inside"
+    return rows / block
+
+
+@pytest.mark.parametrize("head_dims", HEAD_DIMS)
+def test_sums_of_batches_lie_side_by_side(head_dims):
+    for batch, group, seqlen_q in itertools.product((1, 3), (1, 4), (1, 64, 65, 128, 300)):
+        called = config(*head_dims, batch=batch, heads_q=2 * group, seqlen_q=seqlen_q)
+        places = places_of_sums(called)
+        assert check_places(called, places) == len(places), "and there is no gap"
+
+
+@pytest.mark.parametrize("head_dims", HEAD_DIMS)
+def test_sums_of_packed_sequences_do_not_overlap(head_dims):
+    chance = random.Random(0)
+    somewhere = [
+        [chance.choice((0, 1, 63, 64, 65, 127, 128, 129, chance.randrange(700))) for _ in range(chance.randint(1, 12))]
+        for _ in range(300)
+    ]
+    for lengths in [[0], [0, 0, 0], [1] * 200, [64] * 5, [127] * 9, [129] * 9, [127, 1, 127, 129], *somewhere]:
+        starts = [0, *itertools.accumulate(lengths)]
+        called = config(*head_dims, batch=len(lengths), heads_q=4, varlen=True, total_q=starts[-1], total_k=7,
+                        seqlen_q=max(lengths))  # fmt: skip
+        check_places(called, places_of_sums(called, starts))
+
+
+def as_threads_hold_it(product):
+    """Of a warpgroup's product (64, N), what each thread holds: (tiles of 8 columns, threads, 4), from PTX ISA, wgmma,
+    accumulator fragment of m64nNk16.
+    """
+    thread, register = torch.arange(128)[:, None], torch.arange(product.shape[1] // 2)[None, :]
+    row = thread // 32 * 16 + thread % 32 // 4 + register // 2 % 2 * 8
+    column = thread % 4 * 2 + register // 4 * 8 + register % 2
+    return product[row, column].unflatten(1, (-1, 4)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("columns", [32, 64])
+def test_what_a_warpgroup_adds_lies_as_its_threads_hold_it(columns):
+    """16 bytes of one thread after the other's, so that no two of them meet in a bank of shared memory."""
+    dq = torch.arange(64 * columns).view(64, columns)
+    stored, placed = [], []
+    add_query_gradient = plain(
+        kernels.add_query_gradient, fence_async_shared=lambda: None, tma=SimpleNamespace(store_wait=lambda _: None),
+        reduce_out=lambda _desc, place, _part: placed.append(place),
+        view_as=lambda *_: SimpleNamespace(store=stored.append),
+    )  # fmt: skip
+    shape = (columns // 2, 128)
+    call = SimpleNamespace(dq_desc=SimpleNamespace(block_type=SimpleNamespace(shape=shape), layout=None),
+                           stages_out=SimpleNamespace(index=lambda _: None))  # fmt: skip
+    add_query_gradient(call, 1, dq, 7)
+    assert placed == [[15 * shape[0], 0]] and stored[0].shape == shape
+    assert torch.equal(stored[0].flatten(), as_threads_hold_it(dq).flatten())
+
+
+def padded(columns):
+    return max(64, 1 << (columns - 1).bit_length())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("head_dims", HEAD_DIMS)
+def test_finishing_undoes_the_order_of_the_sums(head_dims, packed):
+    """And what lies between the sequences' blocks, or past their ends, is not used."""
+    lengths = (70, 0, 130, 1, 128) if packed else (150, 150)
+    starts = [0, *itertools.accumulate(lengths)]
+    options = dict(varlen=True, total_q=starts[-1], total_k=9) if packed else {}
+    called = config(*head_dims, batch=len(lengths), seqlen_q=max(lengths), heads_q=2, softmax_scale=0.375,
+                    **options)  # fmt: skip
+    block_m = hopper_tuning.backward_block_m(*head_dims)
+    columns = padded(called.head_dim) // (1 if block_m == 128 else 2)
+    sums = torch.full(hopper.query_sums_shape(called), math.nan)
+    truth = torch.randn(starts[-1], 2, called.head_dim, generator=torch.Generator().manual_seed(0))
+    blocks = [(sequence, head, block) for sequence, head in itertools.product(range(len(lengths)), range(2))
+              for block in range(cdiv(lengths[sequence], block_m))]  # fmt: skip
+    for (sequence, head, block), place in zip(blocks, places_of_sums(called, starts if packed else None), strict=True):
+        whole = torch.full((block_m, padded(called.head_dim)), math.nan)
+        part = truth[starts[sequence] : starts[sequence + 1], head][block * block_m :][:block_m]
+        whole[: len(part), : called.head_dim] = part
+        for half in range(2):
+            mine = whole[half * 64 :][:64] if block_m == 128 else whole[:, half * columns :][:, :columns]
+            sums.view(-1, 64 * columns)[2 * place + half] = as_threads_hold_it(mine).flatten()
+    offsets = torch.tensor(starts, dtype=torch.int32, device=DEVICE) if packed else None
+    dq = torch.full(truth.shape if packed else (2, 150, *truth.shape[1:]), math.inf, device=DEVICE)
+    given = AttentionInputs(dq, dq, dq, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+    hopper.finish_launch(called, given, sums.to(DEVICE), dq).run(dq.device)
+    assert torch.equal(dq.view(truth.shape).cpu(), truth * 0.375)
+
+
+# --- The whole kernel
+
+
+def sequences_of(called, given):
+    """Of every sequence: its queries, keys and values, as what indexes them in `given`'s tensors."""
+    for sequence in range(called.batch):
+        if called.varlen:
+            queries, keys = (slice(*starts[sequence : sequence + 2].tolist())
+                             for starts in (given.cu_seqlens_q, given.cu_seqlens_k))  # fmt: skip
+            yield sequence, (queries,), (keys,)
+        else:
+            length = called.seqlen_k if given.kv_lens is None else int(given.kv_lens[sequence])
+            yield sequence, (sequence,), (sequence, slice(min(length, called.seqlen_k)))
+
+
+def attention(called, given):
+    """Output and lse, (total_q, Hq, ...) or (B, Sq, Hq, ...), from the definition, in float64."""
+    out = torch.zeros(*given.q.shape[:-1], called.head_dim_v, dtype=torch.float64)
+    lse = torch.full(given.q.shape[:-1], -math.inf, dtype=torch.float64)
+    left, right = called.band
+    group = called.heads_q // called.heads_kv
+    for sequence, queries, keys in sequences_of(called, given):
+        q, k, v = (each.double() for each in (given.q[queries], given.k[keys], given.v[keys]))
+        if len(q) == 0 or len(k) == 0:
+            continue
+        s = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * called.softmax_scale
+        ahead = torch.arange(len(k))[None, :] - torch.arange(len(q))[:, None] - (len(k) - len(q))
+        if given.alibi_slopes is not None:
+            slopes = given.alibi_slopes.double().expand(called.batch, -1)[sequence]
+            s = s - slopes[:, None, None] * ahead.abs()
+        visible = torch.ones_like(ahead, dtype=torch.bool)
+        if left is not None:
+            visible &= ahead >= -left
+        if right is not None:
+            visible &= ahead <= right
+        s = s.masked_fill(~visible, -1e30)
+        p = torch.where(visible, s.softmax(2), 0.0)
+        out[queries] = torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(group, 1))
+        lse[queries] = torch.where(visible.any(1), s.logsumexp(2), -math.inf).T
+    return out, lse
+
+
+def heads_first(rows):
+    """(B, Sq, Hq) or (total_q, Hq) with the heads before the rows, in fp32."""
+    return rows.detach().transpose(-1, -2).float().contiguous()
+
+
+def gradients_on_cpu(called, given, multiprocessors):
+    """dQ, dK and dV as the kernels find them, and as autograd does."""
+    leaves = [given.q.double(), given.k.double(), given.v.double()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out, lse = attention(called, given._replace(q=leaves[0], k=leaves[1], v=leaves[2]))
+    generator = torch.Generator().manual_seed(1)
+    grad_out, grad_lse = (torch.randn(each.shape, generator=generator) for each in (out, lse))
+    seen = lse.isfinite()
+    expected = torch.autograd.grad((out * grad_out).sum() + (lse[seen] * grad_lse[seen]).sum(), leaves)
+    row_lse = heads_first(torch.where(seen, lse / math.log(2), math.inf))
+    delta = heads_first((out * grad_out).sum(-1) - torch.where(seen, grad_lse, 0.0))
+
+    sums, counter = torch.zeros(hopper.query_sums_shape(called)), torch.zeros(2, dtype=torch.int32)
+    dk, dv = (torch.full(each.shape, math.nan) for each in (given.k, given.v))
+    launch = hopper.backward_launch(
+        called, given, grad_out, row_lse, delta, sums, dk, dv, counter, multiprocessors
+    )  # fmt: skip
+    start, arguments = plain(launch.kernel, **HOPPER), arguments_on_cpu(launch)
+    run_programs(lambda: start(**arguments), launch.programs)
+    assert not counter.any(), "as the next launch needs them"
+    dq = torch.full(given.q.shape, math.nan, device=DEVICE)
+    on_device = given._replace(
+        **{name: value.to(DEVICE) for name, value in given._asdict().items() if value is not None}
+    )
+    hopper.finish_launch(called, on_device, sums.to(DEVICE), dq).run(dq.device)
+    return (dq.cpu(), dk, dv), expected
+
+
+def random_inputs(called, **lengths):
+    generator = torch.Generator().manual_seed(0)
+    rows_q, rows_k = (
+        ((called.total_q,), (called.total_k,)) if called.varlen else ((2, called.seqlen_q), (2, called.seqlen_k))
+    )
+    shapes = (*rows_q, called.heads_q, called.head_dim), (*rows_k, called.heads_kv, called.head_dim), \
+             (*rows_k, called.heads_kv, called.head_dim_v)  # fmt: skip
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    slopes = torch.rand(called.heads_q, generator=generator) / 8 if called.alibi else None
+    return AttentionInputs(q, k, v, alibi_slopes=slopes, **lengths)
+
+
+CALLS = {
+    "plain": config(),
+    "causal": config(128, causal=True, seqlen_q=150, seqlen_k=300),
+    "window and ALiBi": config(96, window=(70, 9), alibi=True),
+    "wide values": config(64, 128, window=(None, 20), seqlen_q=100),
+    "narrow values": config(128, 32, window=(20, None), seqlen_q=70, heads_q=2),
+    "one query, one key": config(40, seqlen_q=1, seqlen_k=1),
+}
+
+
+def check_gradients(called, given, multiprocessors):
+    found, expected = gradients_on_cpu(called, given, multiprocessors)
+    for name, mine, truth in zip(("dq", "dk", "dv"), found, expected, strict=True):
+        floor = 1e-5 * float(truth.abs().amax()) if truth.numel() else 0.0
+        assert torch.equal(mine.isnan(), truth.isnan()), name
+        assert not truth.numel() or (mine - truth).abs().max() <= floor, name
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_gradients(call):
+    check_gradients(CALLS[call], random_inputs(CALLS[call]), 3)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_gradients_with_other_numbers_of_programs(multiprocessors):
+    called = config(causal=True, seqlen_q=130, seqlen_k=260)
+    check_gradients(called, random_inputs(called), multiprocessors)
+
+
+@pytest.mark.parametrize(
+    "head_dim, options", [(40, {}), (40, dict(window=(70, 30), alibi=True)), (128, dict(causal=True))]
+)
+def test_gradients_of_packed_sequences(head_dim, options):
+    lengths_q, lengths_k = (0, 100, 1, 170, 130), (3, 129, 128, 0, 200)
+    starts_q, starts_k = ([0, *itertools.accumulate(lengths)] for lengths in (lengths_q, lengths_k))
+    called = config(head_dim, batch=5, heads_q=2, heads_kv=1, seqlen_q=170, seqlen_k=200, varlen=True, total_q=starts_q[-1],
+                    total_k=starts_k[-1], **options)  # fmt: skip
+    offsets = {f"cu_seqlens_{name}": torch.tensor(starts, dtype=torch.int32)
+               for name, starts in (("q", starts_q), ("k", starts_k))}  # fmt: skip
+    check_gradients(called, random_inputs(called, **offsets), 3)
+
+
+@pytest.mark.parametrize("lengths", [(0, 130), (200, 5)])
+def test_gradients_with_keys_past_kv_lens(lengths):
+    """What lies there is not looked at: its gradient is 0."""
+    called = config(kv_lens=True, causal=True)
+    given = random_inputs(called, kv_lens=torch.tensor(lengths, dtype=torch.int32))
+    for sequence, length in enumerate(lengths):
+        given.k[sequence, length:] = math.nan
+        given.v[sequence, length:] = math.inf
+    check_gradients(called, given, 2)
