@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import ConstexprFunction
 
-PATIENCE = 20
+PATIENCE = 60
 """Seconds that a role waits for another."""
 
 
