@@ -55,12 +55,21 @@ def address(value):
     return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
 
+def specialized(value):
+    """What a kernel is compiled for, of an argument, and more."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return (value.base.dtype, value.block_shape) if hasattr(value, "base") else value
+
+
 class Compiled:
     """A kernel as Triton's JIT would return it, around the launcher of the installed Triton."""
 
-    function, packed_metadata, launcher = 0x1234, (4, 1, 1000), driver.CudaLauncher
+    packed_metadata, launcher = (4, 1, 1000), driver.CudaLauncher
 
     def __init__(self, launch, machine):
+        made_for = launch.kernel.__name__, launch.options, *map(specialized, launch.arguments.values())
+        self.function = hash(str(made_for))
         signature = {name: "tensordesc<bf16[1]>" if hasattr(value, "base") else "i32" for name, value in
                      launch.arguments.items()}  # fmt: skip
         tiles = [dict(swizzle=3, elem_size=2, elem_type=index, block_size=[*value.block_shape, value.base.dtype],
@@ -123,8 +132,11 @@ def tensors(*, apart=0, start=0, dtype=torch.bfloat16, at=None, transposed=False
     return AttentionInputs(rows(H), rows(HK), rows(HK), sinks=torch.zeros(H))
 
 
-def repetitions():
-    return [known for known in CONFIG.prepared.values() if isinstance(known, Repetition)]
+def repetitions(config=CONFIG):
+    kept = [known for known in config.prepared.values() if isinstance(known, list)]
+    found = [known for each in kept for known in each]
+    assert found and all(isinstance(known, Repetition) for known in found)
+    return found
 
 
 def test_the_installed_launcher_is_as_expected(machine):
@@ -200,6 +212,94 @@ def test_shortcuts_say_the_same(machine, backend, layout, change, monkeypatch):
     said_the_same(first, is_long=True)
 
 
+BACKWARDS = {
+    "hopper in one pass": (hopper.HopperBackend(), {}, 3),
+    "hopper in two passes": (hopper.HopperBackend(), dict(deterministic=True), 3),
+    "flash": (flash.FlashBackend(), {}, 3),
+    "flash with a bias": (
+        flash.FlashBackend(),
+        dict(bias_shape=(1, H, S, S), bias_dtype=torch.bfloat16, bias_requires_grad=True, requires_grad=True),
+        4,
+    ),
+}
+
+
+def gradient(*, apart=0, start=0, dtype=torch.bfloat16):
+    return memory(dtype=dtype)[: B * S * H * (D + apart)].view(B, S, H, D + apart)[..., start : start + D]
+
+
+def rows_of(*, step=1, start=0):
+    return memory(dtype=torch.float32)[: B * H * (S + 1) * step].view(B, H, S + 1, step)[:, :, start : start + S, 0]
+
+
+# One property of a backward's tensors each, by the name of the argument.
+LOOKS = {
+    "as before": {},
+    "grad_out's rows apart": dict(grad_out=lambda: gradient(apart=64)),
+    "grad_out unaligned": dict(grad_out=lambda: gradient(apart=64, start=4)),
+    "grad_out by heads": dict(grad_out=lambda: gradient().view(B, H, S, D).transpose(1, 2)),
+    "grad_out of one sequence": dict(grad_out=lambda: gradient()[:1].expand(B, S, H, D)),
+    "grad_out of one number": dict(grad_out=lambda: gradient()[:1, :1, :1, :1].expand(B, S, H, D)),
+    "grad_out of another dtype": dict(grad_out=lambda: gradient(dtype=torch.float16)),
+    "lse's gradient": dict(grad_lse=rows_of),
+    "lse's gradient unaligned": dict(grad_lse=lambda: rows_of(start=1)),
+    "lse's gradient of rows apart": dict(grad_lse=lambda: rows_of(step=3)),
+    "lse's gradient of one number": dict(grad_lse=lambda: rows_of()[:1, :1, :1].expand(B, H, S)),
+    "out's rows apart": dict(out=lambda: gradient(apart=64)),
+    "out unaligned": dict(out=lambda: gradient(apart=64, start=4)),
+    "lse unaligned": dict(lse=lambda: rows_of(start=1)),
+    "inputs' rows apart": dict(inputs=lambda: tensors(apart=64)),
+    "inputs unaligned": dict(inputs=lambda: tensors(apart=64, start=4)),
+    "inputs by heads": dict(inputs=lambda: tensors(transposed=True)),
+}
+
+
+@pytest.mark.parametrize("case", BACKWARDS.values(), ids=BACKWARDS)
+def test_a_repeated_backward_says_what_fresh_launches_say(machine, case, monkeypatch):
+    backend, changes, count = case
+    config, met = dataclasses.replace(CONFIG, **changes), []
+    real = launch.launch_or_repeat
+
+    def compared(known, key, tensors, launches, device):
+        met.append(key in known)
+        machine.said.clear()
+        real(known, key, tensors, launches, device)
+        said = machine.said.copy()
+        machine.said.clear()
+        for each in launches() if met[-1] else ():
+            Compiled(each, machine)[(each.programs, 1, 1)](*each.arguments.values())
+        assert said == machine.said and len(said) == count * met[-1]
+
+    for module in (hopper, flash):
+        monkeypatch.setattr(module, "launch_or_repeat", compared)
+
+    def call(look):
+        given = dict(inputs=tensors, out=gradient, lse=rows_of, grad_out=gradient, grad_lse=lambda: None) | look
+        made = {name: make() for name, make in given.items()}
+        if config.bias_shape is not None:
+            made["inputs"] = made["inputs"]._replace(bias=memory()[: H * S * S].view(1, H, S, S))
+        machine.stream += 1
+        backend.backward(config, **made)
+
+    for look in LOOKS.values():
+        call(look)
+    for look in LOOKS.values():
+        for _ in range(2):
+            call({})
+            call(look)
+    assert all(met[len(LOOKS) :]), "all were repeated"
+    assert len(repetitions(config)) == met.count(False) * count
+    assert all(known._direct is not None for known in repetitions(config))
+
+
+def test_an_argument_that_would_be_that_of_the_first_call_is_noticed(machine):
+    inputs, out = tensors(), gradient()
+    made = flash.forward_launch(CONFIG, inputs, out, rows_of())
+    names = [name for name in (*flash._SCORE_TENSORS, *flash._FORWARD_TENSORS) if name != "lse_ptr"]
+    with pytest.raises(AssertionError, match="of the first call"):
+        Repetition(made, Compiled(made, machine), names, inputs.q.device)
+
+
 def test_shortcuts_leave_other_alignments_to_the_forward(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     first, other = tensors(apart=64), tensors(apart=64, start=4)
@@ -208,8 +308,7 @@ def test_shortcuts_leave_other_alignments_to_the_forward(machine, monkeypatch):
         shortcut = backend.shortcut(config, "bshd")
         for inputs in (first, first, other, first, other):
             shortcut(*inputs[:3])
-        found = [known for known in config.prepared.values() if isinstance(known, Repetition)]
-        assert len(found) == 2
+        assert len(repetitions(config)) == 2
         config.prepared.clear()
 
 

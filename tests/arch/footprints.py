@@ -80,7 +80,8 @@ def _backward(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping
         grad_out, lse = _outputs(config, inputs)
         launches = flash.backward_launches(config, inputs, grad_out, lse, lse, inputs)
         if inputs.bias is not None:
-            launches.append(flash.bias_launch(config, inputs, grad_out, lse, lse)[0])
+            dbias = flash.new_bias_gradient(config, inputs.bias)
+            launches.append(flash.bias_launch(config, inputs, grad_out, lse, lse, dbias))
         return launches[index].kernel, launches[index].arguments, launches[index].options
 
     return launch

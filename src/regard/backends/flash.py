@@ -18,9 +18,8 @@ from torch import Tensor
 from regard.backends.launch import (
     Launch,
     PlainCalls,
-    Repetition,
     appearance,
-    launch_and_remember,
+    launch_or_repeat,
     new_results,
     on_device,
 )
@@ -68,16 +67,17 @@ class FlashBackend:
         return config.kv_layout
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        q = inputs.q
+        device = inputs.q.device
         out, lse = new_results(config, inputs)
-        key = _forward_key(config, inputs)
-        known: Repetition | None = config.prepared.get(key)
-        with on_device(q.device):
-            if known is not None:
-                known.run((*_score_tensors(config, inputs), *_forward_tensors(inputs, out, lse)))
-            else:
-                launch = forward_launch(config, inputs, out, lse)
-                launch_and_remember(launch, q.device, _SCORE_TENSORS + _FORWARD_TENSORS, config.prepared, key)
+        tensors = (*_score_tensors(config, inputs), *_forward_tensors(inputs, out, lse))
+        with on_device(device):
+            launch_or_repeat(
+                config.prepared,
+                _forward_key(config, inputs),
+                dict(zip(_SCORE_TENSORS + _FORWARD_TENSORS, tensors, strict=True)),
+                lambda: [forward_launch(config, inputs, out, lse)],
+                device,
+            )
         return out, lse
 
     def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
@@ -102,17 +102,31 @@ class FlashBackend:
         assert lse is not None
         if not _aligned(grad_out):
             grad_out = grad_out.contiguous()
+        device = grad_out.device
         found = new_gradients(config, inputs)
-        row_lse, delta = prepare_rows(config, inputs, out, grad_out, lse, grad_lse)
-        for launch in backward_launches(config, inputs, grad_out, row_lse, delta, inputs._replace(**found)):
-            launch.run(grad_out.device)
-        if inputs.bias is not None and config.bias_requires_grad:
-            if inputs.bias.shape[3] == 1:
-                found["bias"] = _summed_over_keys(inputs, row_lse, delta, grad_lse).sum_to_size(inputs.bias.shape)
-            else:
-                launch, reduced = bias_launch(config, inputs, grad_out, row_lse, delta)
-                launch.run(grad_out.device)
-                found["bias"] = reduced.sum_to_size(inputs.bias.shape)
+        row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
+        bias = inputs.bias if config.bias_requires_grad else None
+        dbias = None if bias is None or bias.shape[3] == 1 else new_bias_gradient(config, bias)
+        tensors = dict(
+            zip(_SCORE_TENSORS, _score_tensors(config, inputs), strict=True),
+            **row_tensors(out, grad_out, lse, grad_lse, row_lse, delta),
+            **{f"d{name}_ptr": gradient for name, gradient in found.items()},
+            dbias_ptr=dbias,
+        )
+
+        def launches() -> list[Launch]:
+            made = [row_terms_launch(config, inputs, out, grad_out, lse, grad_lse, row_lse, delta)]
+            made += backward_launches(config, inputs, grad_out, row_lse, delta, inputs._replace(**found))
+            if dbias is not None:
+                made.append(bias_launch(config, inputs, grad_out, row_lse, delta, dbias))
+            return made
+
+        key = "flash backward", device.index, _product_precision(config), appearance(tensors.values())
+        with on_device(device):
+            launch_or_repeat(config.prepared, key, tensors, launches, device)
+        if bias is not None:
+            rows = _summed_over_keys(inputs, row_lse, delta, grad_lse) if dbias is None else dbias
+            found["bias"] = rows.sum_to_size(bias.shape)
         if inputs.sinks is not None:
             found["sinks"] = sink_gradient(inputs, row_lse, delta)
         return {name: gradient.to(getattr(inputs, name).dtype) for name, gradient in found.items()}
@@ -162,18 +176,18 @@ def new_gradients(config: AttentionConfig, inputs: AttentionInputs) -> dict[str,
     return {name: new(getattr(inputs, name), memory_format=torch.contiguous_format) for name in ("q", "k", "v")}
 
 
-def prepare_rows(
-    config: AttentionConfig,
-    inputs: AttentionInputs,
-    out: Tensor,
-    grad_out: Tensor,
-    lse: Tensor,
-    grad_lse: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """What a backward needs of each query, row_lse and delta: see `regard.kernels.backward.row_terms`."""
-    row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
-    row_terms_launch(config, inputs, out, grad_out, lse, grad_lse, row_lse, delta).run(grad_out.device)
-    return row_lse, delta
+def row_tensors(
+    out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, row_lse: Tensor, delta: Tensor
+) -> dict[str, Tensor | None]:
+    """The tensors that `row_terms_launch` takes, by the names of its arguments."""
+    return dict(
+        out_ptr=out,
+        grad_out_ptr=grad_out,
+        lse_ptr=lse,
+        grad_lse_ptr=grad_lse,
+        row_lse_ptr=row_lse,
+        delta_ptr=delta,
+    )
 
 
 def row_terms_launch(
@@ -192,12 +206,7 @@ def row_terms_launch(
     block_m = 64
     rows = lse.shape[-1]
     arguments = dict(
-        out_ptr=out,
-        grad_out_ptr=grad_out,
-        lse_ptr=lse,
-        grad_lse_ptr=grad_lse,
-        row_lse_ptr=row_lse,
-        delta_ptr=delta,
+        **row_tensors(out, grad_out, lse, grad_lse, row_lse, delta),
         out_strides=_strides4(out),
         grad_out_strides=_strides4(grad_out),
         lse_strides=_lse_strides(lse),
@@ -250,22 +259,23 @@ def backward_launches(
     return [keys, _launch(backward_queries, programs, arguments(tile, cut), tile)]
 
 
-def bias_launch(
-    config: AttentionConfig, inputs: AttentionInputs, grad_out: Tensor, row_lse: Tensor, delta: Tensor
-) -> tuple[Launch, Tensor]:
-    """The launch for the gradient of a bias with keys, and the tensor it fills: the gradient, or where all rows share
-    the bias one row for each head, still to be summed.
+def new_bias_gradient(config: AttentionConfig, bias: Tensor) -> Tensor:
+    """Memory for the gradient of a bias with keys, or where all rows share the bias for one row of each head, still to
+    be summed.
     """
+    batch, heads, rows, seqlen_k = bias.shape
+    if rows == 1 and config.seqlen_q > 1:
+        return bias.new_empty((config.batch, config.heads_q, rows, seqlen_k), dtype=torch.float32)
+    return bias.new_empty((batch, heads, rows, seqlen_k))
+
+
+def bias_launch(
+    config: AttentionConfig, inputs: AttentionInputs, grad_out: Tensor, row_lse: Tensor, delta: Tensor, dbias: Tensor
+) -> Launch:
+    """The launch that fills ``dbias``, of `new_bias_gradient`."""
     from regard.kernels.backward_bias import backward_bias
 
-    assert inputs.bias is not None
-    batch, heads, rows, seqlen_k = inputs.bias.shape
-    sum_rows = rows == 1 and config.seqlen_q > 1
-    if sum_rows:
-        batch, heads = config.batch, config.heads_q
-    dbias = inputs.bias.new_empty(
-        (batch, heads, rows, seqlen_k), dtype=torch.float32 if sum_rows else inputs.bias.dtype
-    )
+    batch, heads, rows, seqlen_k = dbias.shape
     tile = _tile(config, tuning.BACKWARD_QUERIES, _all_aligned(inputs, grad_out))._replace(num_stages=1)
     arguments = dict(
         **_score_arguments(config, inputs),
@@ -275,11 +285,11 @@ def bias_launch(
         dbias_strides=dbias.stride(),
         summed_batch=config.batch // batch,
         summed_heads=config.heads_q // heads,
-        SUM_ROWS=sum_rows,
+        SUM_ROWS=rows == 1 and config.seqlen_q > 1,
         WIDE=_wide(inputs, grad_out, dbias),
     )
     programs = -(-seqlen_k // tile.block_n) * -(-rows // tile.block_m) * heads * batch
-    return _launch(backward_bias, programs, arguments, tile), dbias
+    return _launch(backward_bias, programs, arguments, tile)
 
 
 def _sink_weights(inputs: AttentionInputs, row_lse: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from regard.backends.flash import (
     bounded_band,
     new_gradients,
-    prepare_rows,
+    row_tensors,
+    row_terms_launch,
     sink_gradient,
     softcap_reasons,
     triton_reason,
@@ -20,9 +21,8 @@ from regard.backends.flash import (
 from regard.backends.launch import (
     Launch,
     PlainCalls,
-    Repetition,
     appearance,
-    launch_and_remember,
+    launch_or_repeat,
     new_results,
     on_device,
 )
@@ -84,9 +84,22 @@ class HopperBackend:
         return KvCacheLayout.PACKED if config.varlen else KvCacheLayout.CONTIGUOUS
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
+        device = inputs.q.device
         out, lse = new_results(config, inputs)
-        with on_device(inputs.q.device):
-            _forward(config, inputs, out, lse)
+        key = _forward_key(inputs)
+        *_, looks = key
+        if not _suit_tma(looks[:3]):
+            inputs = _all_readable_by_tma(inputs)
+        with on_device(device):
+            counter = _counter(device)
+            tensors = (*inputs[:3], out, out, lse, counter, _contiguous(inputs.sinks), *_shared_tensors(config, inputs))
+            launch_or_repeat(
+                config.prepared,
+                key,
+                dict(zip(_FORWARD_TENSORS, tensors, strict=True)),
+                lambda: [forward_launch(config, inputs, out, lse, counter, _multiprocessors(device))],
+                device,
+            )
         return out, lse
 
     def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
@@ -110,24 +123,35 @@ class HopperBackend:
         grad_lse: Tensor | None,
     ) -> Gradients:
         assert lse is not None
-        grad_out = _readable_by_tma(grad_out)
-        row_lse, delta = prepare_rows(config, inputs, out, grad_out, lse, grad_lse)
+        device = grad_out.device
+        grad_out, inputs = _readable_by_tma(grad_out), _all_readable_by_tma(inputs)
+        row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
         found = new_gradients(config, inputs)
         dq, dk, dv = found.values()
-        if _needs_two_passes(config):
-            for launch in two_pass_launches(config, inputs, grad_out, row_lse, delta, inputs._replace(**found)):
-                launch.run(grad_out.device)
-        else:
-            device = grad_out.device
-            sums = torch.zeros(query_sums_shape(config), dtype=torch.float32, device=device)
-            counter = _counter(device)
-            for launch in (
-                backward_launch(
+        tensors = dict(
+            zip(_SHARED_TENSORS, _shared_tensors(config, inputs), strict=True),
+            **row_tensors(out, grad_out, lse, grad_lse, row_lse, delta),
+            q_desc=inputs.q, k_desc=inputs.k, v_desc=inputs.v, grad_out_desc=grad_out,
+            dq_desc=dq, dk_desc=dk, dv_desc=dv, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv,
+        )  # fmt: skip
+        with on_device(device):
+            if not _needs_two_passes(config):
+                sums = torch.zeros(query_sums_shape(config), dtype=torch.float32, device=device)
+                counter = _counter(device)
+                tensors |= dict(dq_desc=sums, sums_ptr=sums, counter_ptr=counter)
+
+            def launches() -> list[Launch]:
+                rows = row_terms_launch(config, inputs, out, grad_out, lse, grad_lse, row_lse, delta)
+                if _needs_two_passes(config):
+                    gradients = inputs._replace(**found)
+                    return [rows, *two_pass_launches(config, inputs, grad_out, row_lse, delta, gradients)]
+                both = backward_launch(
                     config, inputs, grad_out, row_lse, delta, sums, dk, dv, counter, _multiprocessors(device)
-                ),
-                finish_launch(config, inputs, sums, dq),
-            ):
-                launch.run(device)
+                )
+                return [rows, both, finish_launch(config, inputs, sums, dq)]
+
+            key = "hopper backward", device.index, appearance(tensors.values())
+            launch_or_repeat(config.prepared, key, tensors, launches, device)
         if inputs.sinks is not None:
             found["sinks"] = sink_gradient(inputs, row_lse, delta).to(inputs.sinks.dtype)
         return {**found}
@@ -138,23 +162,6 @@ def _needs_two_passes(config: AttentionConfig) -> bool:
     the gradient of a softcap has no room in one pass.
     """
     return max(config.head_dim, config.head_dim_v) > _ONE_PASS_HEAD_DIM or config.deterministic or config.softcap > 0
-
-
-def _forward(config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
-    """Launch the forward, or repeat the launch of a call that looked the same."""
-    device = inputs.q.device
-    counter = _counter(device)
-    key = _forward_key(inputs)
-    known: Repetition | None = config.prepared.get(key)
-    if known is None:
-        launch = forward_launch(config, inputs, out, lse, counter, _multiprocessors(device))
-        launch_and_remember(launch, device, _FORWARD_TENSORS, config.prepared, key)
-        return
-    q, k, v, *_ = inputs
-    *_, looks = key
-    if not _suit_tma(looks[:3]):
-        q, k, v = _readable_by_tma(q), _readable_by_tma(k), _readable_by_tma(v)
-    known.run((q, k, v, out, out, lse, counter, _contiguous(inputs.sinks), *_shared_tensors(config, inputs)))
 
 
 def _forward_key(inputs: AttentionInputs) -> tuple[Any, ...]:
@@ -416,6 +423,12 @@ def _readable_by_tma(tensor: Tensor) -> Tensor:
     if aligned and _strides_suit_tma(tensor.stride(), tensor.element_size()):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _all_readable_by_tma(inputs: AttentionInputs) -> AttentionInputs:
+    """The same with q, k and v that TMA can follow."""
+    q, k, v = map(_readable_by_tma, inputs[:3])
+    return inputs._replace(q=q, k=k, v=v)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -77,16 +77,20 @@ class Repetition:
     and where that is possible past the Python of Triton's launcher.
     """
 
-    def __init__(self, launch: Launch, compiled: Any, tensors: Iterable[str], device: torch.device) -> None:
-        """``tensors``: names of the arguments that are tensors or describe one, in the order that `run` takes them."""
+    def __init__(self, launch: Launch, compiled: Any, tensors: Sequence[str], device: torch.device) -> None:
+        """``tensors``: names of what `run` takes, in its order: every argument that is a tensor or describes one, and
+        others that the kernel may lack.
+        """
         names, values = list(launch.arguments), list(launch.arguments.values())
-        self._places = [names.index(name) for name in tensors]
+        assert names == list(launch.kernel.arg_names)
+        self._places = {number: names.index(name) for number, name in enumerate(tensors) if name in names}
         self._direct = direct_launch(compiled, launch.programs, values, self._places, device)
         self._launch = compiled[(launch.programs, 1, 1)]
         self._values = [with_tensor(value, None) if hasattr(value, "base") else value for value in values]
-        for place in self._places:
+        for place in self._places.values():
             if isinstance(values[place], Tensor):
                 self._values[place] = None
+        assert not any(isinstance(value, Tensor) for value in self._values), "a tensor would be that of the first call"
 
     def run(self, tensors: Sequence[Tensor | None]) -> None:
         """Launch on the current device."""
@@ -94,18 +98,39 @@ class Repetition:
             self._direct.run(tensors)
             return
         values = self._values.copy()
-        for place, tensor in zip(self._places, tensors, strict=True):
+        for number, place in self._places.items():
+            tensor = tensors[number]
             values[place] = tensor if values[place] is None else with_tensor(values[place], tensor)
         self._launch(*values)
 
 
-def launch_and_remember(
-    launch: Launch, device: torch.device, tensors: Iterable[str], launches: dict[Any, Any], key: Any
+def launch_or_repeat(
+    known: dict[Any, Any],
+    key: Any,
+    tensors: Mapping[str, Tensor | None],
+    launches: Callable[[], Sequence[Launch]],
+    device: torch.device,
 ) -> None:
-    """Launch, and keep the `Repetition` under a key; Triton's interpreter compiles nothing that could be repeated."""
-    compiled = launch.run(device)
-    if compiled is not None:
-        launches[key] = Repetition(launch, compiled, tensors, device)
+    """Launch on the current device: the first time through Triton's JIT, and from then on by `Repetition`.
+
+    Args:
+        known: where repetitions are kept, by key.
+        key: all that the launches depend on, other than values in tensors.
+        tensors: all that the launches take, by the arguments' names, always in the same order.
+        launches: makes them, in their order; not called where they are known.
+        device: the current one.
+    """
+    repetitions: Sequence[Repetition] | None = known.get(key)
+    if repetitions is not None:
+        values = tuple(tensors.values())
+        for repetition in repetitions:
+            repetition.run(values)
+        return
+    made = launches()
+    compiled = [launch.run(device) for launch in made]
+    if all(kernel is not None for kernel in compiled):  # Triton's interpreter compiles nothing
+        names = tuple(tensors)
+        known[key] = [Repetition(launch, kernel, names, device) for launch, kernel in zip(made, compiled, strict=True)]
 
 
 class PlainCalls:
@@ -126,7 +151,7 @@ class PlainCalls:
         """Args:
         forward: of the backend; must launch on q, k and v as they are.
         config, layout: of the calls.
-        key: under what ``forward`` keeps its `Repetition`.
+        key: under what ``forward`` keeps the `Repetition` of its one launch.
         arguments: what that is to be run on, given q, k, v, out and lse, of which only the addresses are right.
         """
         self._forward, self._config, self._transposed = forward, config, layout == "bhsd"
@@ -150,5 +175,6 @@ class PlainCalls:
         inputs = AttentionInputs(q, k, v)
         out, _ = self._forward(self._config, inputs)
         if usual and (found := self._config.prepared.get(self._key(inputs))) is not None:
-            self._known = found, q.device.index, *results_without_memory(self._config, inputs)
+            (repetition,) = found
+            self._known = repetition, q.device.index, *results_without_memory(self._config, inputs)
         return out.transpose(1, 2) if self._transposed else out

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,14 +54,15 @@ class DirectLaunch:
     """
 
     def __init__(
-        self, compiled: Any, programs: int, arguments: Sequence[Any], places: Sequence[int], device: torch.device
+        self, compiled: Any, programs: int, arguments: Sequence[Any], places: Mapping[int, int], device: torch.device
     ) -> None:
         """Take down what Triton says.
 
         Args:
             compiled: the kernel, as an earlier launch returned it.
             programs, arguments: of that launch; the arguments in the kernel's order.
-            places: those of the arguments that `run` takes anew: tensors, descriptors, or None, which stay None.
+            places: of the arguments that `run` takes anew (tensors, descriptors, or None, which stay None), by their
+                numbers among what it takes.
             device: of the tensors.
 
         Raises:
@@ -73,7 +74,8 @@ class DirectLaunch:
         self._knobs = knobs.runtime
         self._device = device.index
         self._compiled = compiled  # some versions unload the kernel with it
-        stream, marks = object(), {place: object() for place in places if isinstance(arguments[place], Tensor)}
+        stream = object()
+        marks = {place: object() for place in places.values() if isinstance(arguments[place], Tensor)}
         marked = [marks.get(place, argument) for place, argument in enumerate(arguments)]
         self._function, said = _said_to_c(compiled, programs, stream, marked, driver.CudaLauncher)
         # Triton 3.6 says the kernel's arguments in one row with its own, later versions in a row at the end of that.
@@ -82,9 +84,9 @@ class DirectLaunch:
         self._values = list(said[-1] if nested else said)
         self._stream = _index(said, stream)
         self._pointers = [
-            (number, _index(self._values, marks[place])) for number, place in enumerate(places) if place in marks
+            (number, _index(self._values, marks[place])) for number, place in places.items() if place in marks
         ]
-        described = [(place, number) for number, place in enumerate(places) if hasattr(arguments[place], "base")]
+        described = [(place, number) for number, place in places.items() if hasattr(arguments[place], "base")]
         found = [index for index, value in enumerate(self._values) if isinstance(value, driver.PyCUtensorMap)]
         self._maps = [
             (number, index, TensorMaps(arguments[place], encode))
@@ -102,7 +104,7 @@ class DirectLaunch:
         """Launch on the current stream.
 
         Args:
-            tensors: in the order of ``places``, on the current device, looking as those of the first launch did.
+            tensors: by the numbers of ``places``, on the current device, looking as those of the first launch did.
         """
         values = self._values.copy()
         for number, index in self._pointers:
@@ -121,7 +123,7 @@ class DirectLaunch:
 
 
 def direct_launch(
-    compiled: Any, programs: int, arguments: Sequence[Any], places: Sequence[int], device: torch.device
+    compiled: Any, programs: int, arguments: Sequence[Any], places: Mapping[int, int], device: torch.device
 ) -> DirectLaunch | None:
     """A `DirectLaunch`, or None where Triton's launcher is another one or not as expected."""
     try:
