@@ -13,6 +13,7 @@ README = ROOT / "README.md"
 TEXT = README.read_text() if README.exists() else ""
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+OUTPUTS = [code for language, code in BLOCKS if language == "text"]
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [
     line.removeprefix("$ ").split("#")[0].strip()
@@ -43,6 +44,12 @@ def test_python_block_runs(number):
     code = "\n".join(PYTHON[: number + 1])
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_first_block_prints_what_the_readme_shows():
+    """But for peers that happen to be installed."""
+    shown, printed = (text.splitlines() for text in (OUTPUTS[0], run("-c", PYTHON[0]).stdout))
+    assert [line for line in printed if line in shown] == shown
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[:1] == ["make"]])
