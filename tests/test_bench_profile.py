@@ -112,6 +112,12 @@ def test_what_cannot_be_compiled_is_said(case, arch, error):
         profile_kernels(parse(case), arch)
 
 
+def test_a_machine_without_triton_is_told_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ConfigError, match="triton: got none installed, needs pip install triton"):
+        profile_kernels(parse(CASE), "sm90")
+
+
 def profiled(case, arch):
     """What the command prints, from a fresh process: this one may interpret kernels instead of compiling them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

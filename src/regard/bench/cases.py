@@ -327,7 +327,8 @@ def suite_workloads(names: Sequence[str], device: str) -> list[tuple[str, Worklo
     made: dict[Workload, str] = {}
     for name in names:
         if name not in SUITES:
-            raise ConfigError("suite", repr(name), f"one of {', '.join([*SUITES, MODEL_SUITE])}")
+            suites = ", ".join([*SUITES, MODEL_SUITE])
+            raise ConfigError("suite", repr(name), f"one of {suites} (--case takes a workload by its name)")
         for workload in SUITES[name].workloads(device):
             made.setdefault(workload, name)
     return [(suite, workload) for workload, suite in made.items()]

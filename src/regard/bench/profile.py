@@ -6,6 +6,7 @@ down instead of made, and each is compiled for the architecture asked for.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -104,7 +105,7 @@ def profile_kernels(workload: Workload, arch: str) -> list[KernelProfile]:
     """Compile every kernel that each of `BACKENDS` launches for a workload it can serve.
 
     Raises:
-        ConfigError: no tile table for the architecture, or Triton runs as an interpreter.
+        ConfigError: no tile table for the architecture, no Triton, or one that runs as an interpreter.
         UnsupportedError: no backend can serve the workload there.
     """
     entry = tuning.table_architecture(arch)
@@ -114,6 +115,8 @@ def profile_kernels(workload: Workload, arch: str) -> list[KernelProfile]:
     reasons = {name: registry.reasons(name, config) for name in BACKENDS}
     if all(reasons.values()):
         raise UnsupportedError(f"no Triton kernel can serve {workload.name} on {arch}", reasons)
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError("triton", "none installed", "pip install triton (CPU builds of torch bring none)")
     if flash._interpreting():
         raise ConfigError("TRITON_INTERPRET", "1", "an environment without it: the interpreter compiles nothing")
     from regard.bench.cross_compile import meta_inputs
