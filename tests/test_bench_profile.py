@@ -75,8 +75,9 @@ def test_launches_are_written_down_and_not_made(arch):
 
 def test_launches_of_hopper_are_written_down():
     assert kernel_names("hopper", CASE, "sm90") == ["attention_forward"]
-    assert kernel_names("hopper", "bwd-" + CASE, "sm90") == ["row_terms", "attention_backward"]
-    assert kernel_names("hopper", "fwdbwd-" + CASE, "sm90") == ["attention_forward", "row_terms", "attention_backward"]
+    backward = ["row_terms", "attention_backward", "finish_queries"]
+    assert kernel_names("hopper", "bwd-" + CASE, "sm90") == backward
+    assert kernel_names("hopper", "fwdbwd-" + CASE, "sm90") == ["attention_forward", *backward]
 
 
 @pytest.mark.parametrize(

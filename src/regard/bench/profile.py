@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -28,7 +29,7 @@ BACKENDS = ("hopper", "flash")
 
 KIB = 1024
 _HOPPER_MULTIPROCESSORS = 132
-"""Of an H100 SXM or H200: as many programs of the `hopper` forward stay resident."""
+"""Of an H100 SXM or H200: as many programs of the `hopper` kernels stay resident."""
 
 
 class Multiprocessor(NamedTuple):
@@ -153,33 +154,26 @@ def launches(backend: str, config: AttentionConfig, inputs: AttentionInputs, mod
         out = q.new_empty(inputs.out_shape)
         lse = q.new_empty(inputs.lse_shape, dtype=torch.float32)
         if mode != "bwd":
-            made.append(_forward_launch(backend, config, inputs, out, lse))
+            registry.get(backend).forward(config, inputs)
         if mode != "fwd":
             registry.get(backend).backward(config, inputs, out, lse, torch.empty_like(out), None)
     return made
 
 
-def _forward_launch(
-    backend: str, config: AttentionConfig, inputs: AttentionInputs, out: torch.Tensor, lse: torch.Tensor
-) -> Launch:
-    if backend == "flash":
-        return flash.forward_launch(config, inputs, out, lse)
-    counter = torch.empty(2, dtype=torch.int32, device=out.device)
-    return hopper.forward_launch(config, inputs, out, lse, counter, _HOPPER_MULTIPROCESSORS)
-
-
 @contextmanager
 def _written_down(made: list[Launch]) -> Iterator[None]:
+    """Launches are noted, and what `hopper` asks of a GPU is answered for one that is not there."""
+
     def write_down(self: Launch, device: torch.device) -> None:
         assert device.type == "meta"
         made.append(self)
 
-    run = Launch.run
-    Launch.run = write_down  # type: ignore[method-assign]
-    try:
+    with (
+        patch.object(Launch, "run", write_down),
+        patch.object(hopper, "_counter", lambda device: torch.empty(2, dtype=torch.int32, device=device)),
+        patch.object(hopper, "_multiprocessors", lambda _device: _HOPPER_MULTIPROCESSORS),
+    ):
         yield
-    finally:
-        Launch.run = run  # type: ignore[method-assign]
 
 
 def residency(unit: Multiprocessor, warps: int, registers: int, shared: int) -> tuple[int, str]:
