@@ -210,12 +210,15 @@ def attention_forward(
     query = first_query + tl.arange(0, BLOCK_M)
     query_exists = query < length_q
 
-    entry = sequence  # of k and v
-    if block_table_ptr is not None:
-        entry = 0 * sequence  # the pages of all sequences lie together
-        block_table_ptr += sequence.to(tl.int64) * block_table_stride
-    k_base = head_base(k_ptr, k_strides, entry, start_k, head // group)
-    v_base = head_base(v_ptr, v_strides, entry, start_k, head // group)
+    # Offsets of whole heads and sequences may pass 2**31 elements.
+    sequence64, head_k64 = sequence.to(tl.int64), (head // group).to(tl.int64)
+    k_base = k_ptr + start_k.to(tl.int64) * k_strides[1] + head_k64 * k_strides[2]
+    v_base = v_ptr + start_k.to(tl.int64) * v_strides[1] + head_k64 * v_strides[2]
+    if block_table_ptr is None:
+        k_base += sequence64 * k_strides[0]
+        v_base += sequence64 * v_strides[0]
+    else:
+        block_table_ptr += sequence64 * block_table_stride
     mask_base = None
     if mask_ptr is not None:
         mask_base = pair_base(mask_ptr, mask_strides, sequence, head, first_query, 0)
