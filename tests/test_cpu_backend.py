@@ -49,6 +49,18 @@ def test_nan_of_a_hidden_key_does_not_leak():
     torch.testing.assert_close(lse, expected_lse)
 
 
+@pytest.mark.parametrize("keys", [1, 5, 15, 16, 520])
+@pytest.mark.parametrize("arguments", [{}, {"window": (4, 4)}, {"causal": True}])
+def test_nan_of_a_query_stays_in_its_row(keys, arguments):
+    """Of a row that is nothing but NaN torch's kernel makes zeros, where the keys are few."""
+    q, k, v = torch.randn(1, 4, 2, 8), torch.randn(1, keys, 2, 8), torch.randn(1, keys, 2, 8)
+    q[0, 3, 1, 2] = float("nan")  # the last row sees keys in any case
+    results = both(q, k, v, **arguments)
+    for out, lse in results:
+        assert out[0, 3, 1].isnan().all() and lse[0, 1, 3].isnan() and out.isnan().sum() == 8
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_of_a_sink_stays_in_its_head(value):
     q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))

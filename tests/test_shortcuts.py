@@ -159,7 +159,7 @@ DECODING = [(1, 24, 4, 4), (1, 2500, 10, 2), (1, 2500, 10, 1), (1, 24, 4, 2), (1
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("backend", ["cpu", "sdpa"])
-@pytest.mark.parametrize("sizes", [*DECODING, (9, 9, 4, 2), (9, 24, 4, 2)])
+@pytest.mark.parametrize("sizes", [*DECODING, (19, 19, 4, 2), (9, 24, 4, 2)])
 def test_shortcuts_are_exact(backend, sizes, dtype, layout):
     """Against the reference, in contiguous memory."""
     sq, sk, heads, heads_kv = sizes
@@ -167,7 +167,7 @@ def test_shortcuts_are_exact(backend, sizes, dtype, layout):
     causal = sq in (1, sk)
     config = regard.AttentionConfig.from_tensors(q, k, v, causal=causal, layout=layout)
     offered = registry.get(backend).shortcut(config, layout)
-    assert (offered is None) == (backend == "cpu" and dtype == torch.float16)
+    assert (offered is None) == (backend == "cpu" and (dtype == torch.float16 or sk < 16))
     truth = regard.attention(q.double(), k.double(), v.double(), causal=causal, layout=layout, backend="reference")
     plain = regard.attention(q, k, v, causal=causal, layout=layout, backend="reference")
     out = regard.attention(q, k, v, causal=causal, layout=layout, backend=backend)

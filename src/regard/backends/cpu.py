@@ -26,6 +26,7 @@ _kernel = torch._scaled_dot_product_flash_attention_for_cpu
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _SCORES_IN_FLIGHT = 2**20  # scores that a step in torch operations holds at once, over all heads
 _ADDITIVE_IN_FLIGHT = 2**22  # elements of the additive mask made for one call of the fused kernel
+_FEWEST_KEYS = 16  # what a vector of the fused kernel holds: it takes fewer scores that are all NaN for a hidden row
 _FUSED_ROWS = 256  # fewest rows for which the fused kernel works at full speed
 _WORTH_GROUPING = 2**18  # key elements that a group of query heads must read again, each for itself, to be made one
 
@@ -123,6 +124,7 @@ def _one_kernel_call(config: AttentionConfig) -> Callable[[Tensor, Tensor, Tenso
         or (causal and (rows != config.seqlen_k or scale <= 0))
         or any(strides is None or strides[3] != 1 for strides in (config.q_strides, config.k_strides, config.v_strides))
         or config.is_empty
+        or config.seqlen_k < _FEWEST_KEYS
     ):
         return None
     kernel = _fused_row if rows == 1 else _kernel
@@ -364,7 +366,11 @@ def _by_query_blocks(piece: _Piece, attend_block: _AttendBlock, rows_in_block: i
 
 
 def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = False) -> tuple[Tensor, Tensor]:
-    """One call of the fused kernel; where a NaN may have leaked from a hidden key, the block again by algorithm 1."""
+    """One call of the fused kernel, or algorithm 1 where the kernel is not to be trusted with NaN: for few keys, and
+    again where one may have leaked from a hidden key.
+    """
+    if len(keys) < _FEWEST_KEYS:
+        return _online_softmax(piece, rows, keys)
     q, k, v = _narrow(piece.q, rows), _narrow(piece.k, keys), _narrow(piece.v, keys)
     head_dim, head_dim_v = q.shape[3], v.shape[3]
     widest = max(head_dim, head_dim_v)  # the kernel has one head dim: zeros change neither scores nor values
