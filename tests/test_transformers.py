@@ -453,6 +453,15 @@ def test_static_decoding_counts_the_filled_keys():
     assert cropped.kv_lens is None and cropped.window == (3, 0)
 
 
+@pytest.mark.parametrize("function", ["causal", "bidirectional"])
+def test_padding_of_no_sequence_is_none(function):
+    nothing = torch.ones(0, 7, dtype=torch.bool)
+    visibility = visibility_mask(
+        batch_size=0, q_length=7, kv_length=7, mask_function=FUNCTIONS[function], attention_mask=nothing
+    )
+    assert shown(visibility, 0).shape == (0, 1, 7, 7)
+
+
 def test_a_caller_that_needs_a_tensor_gets_one():
     mask = visibility_mask(batch_size=2, q_length=7, kv_length=7, allow_is_causal_skip=False)
     assert torch.equal(mask, torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 1, 7, 7))

@@ -229,7 +229,7 @@ def _add_padding(visibility: Visibility, attention_mask: Tensor, kv_offset: int,
     real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     width = real.shape[1]
     banded = visibility.left is not None or visibility.right is not None
-    if not tracing:
+    if not tracing and real.numel():
         lengths = real.sum(-1, dtype=torch.int32)
         if banded:
             hides_nothing = lengths.amin() == width  # of the keys it knows; it must know all that causal shows
