@@ -67,15 +67,21 @@ def recall(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | No
         return None
     if known is None or known.state != registry.state:
         return None
-    for look, tensor in zip(known.looks, tensors):  # noqa: B905 - as many as there are `TENSORS`
-        if tensor is None:
-            if look is not None:
+    q, k, v, mask, bias, slopes, sinks, offsets_q, offsets_k, kv_lens, pages = tensors
+    if known.look is not None:
+        alone = mask is bias is slopes is sinks is offsets_q is offsets_k is kv_lens is pages is None
+        if not alone or not known.look.check(q, k, v):
+            return None
+    else:
+        for look, tensor in zip(known.looks, tensors):  # noqa: B905 - as many as there are `TENSORS`
+            if tensor is None:
+                if look is not None:
+                    return None
+            elif look is None or not look.check(tensor):
                 return None
-        elif look is None or not look.check(tensor):
+        if not _values_fit(known.plan.config, tensors, options):
             return None
     plan = known.plan
-    if not _values_fit(plan.config, tensors, options):
-        return None
     registry.record(plan.config, plan.selection)
     return plan
 
@@ -98,7 +104,7 @@ def make(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None
     plan = Plan(config, selection, None if traced else shortcut, traced)
     if not traced and TensorGuards is not None:
         with contextlib.suppress(ValueError):
-            _latest.keep(_said(options, backend), _Latest(_looks(config, tensors), registry.state, plan))
+            _latest.keep(_said(options, backend), _Latest(*_looks(config, tensors), registry.state, plan))
     return plan
 
 
@@ -108,29 +114,37 @@ def _said(options: tuple[Any, ...], backend: str | None) -> bytes:
 
 
 class _Latest(NamedTuple):
-    """A plan, and when it holds: for tensors of these looks, in this state of the registry."""
+    """A plan, and when it holds: for tensors of these looks, in this state of the registry.
 
+    Attributes:
+        look: of q, k and v together, where they are three tensors and all that is given: one question instead of many.
+        looks: where not, of each of `TENSORS`.
+    """
+
+    look: Any
     looks: tuple[Any, ...]
     state: tuple[int, str | None]
     plan: Plan
 
 
-def _looks(config: AttentionConfig, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    """`TensorGuards` for each of these tensors, which are those that the config describes.
-
-    One for all would refuse calls that give a tensor twice.
-    """
+def _looks(config: AttentionConfig, tensors: tuple[Tensor | None, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The first fields of `_Latest` for these tensors, which are those that the config describes."""
     inference = [t is not None and t.is_inference() for t in tensors]  # no matter of the config, but of the dispatcher
-    key = (_looks, torch.is_inference_mode_enabled(), *inference, *map(type, tensors))
+    given = [t for t in tensors if t is not None]
+    alone = len(given) == 3 == len({id(t) for t in given})  # a look at several refuses a tensor that is there twice
+    key = (_looks, alone, torch.is_inference_mode_enabled(), *inference, *map(type, tensors))
     if key not in config.prepared:
-        config.prepared[key] = tuple(
-            None
-            if t is None
-            else TensorGuards(t, dynamic_dims_sizes=[list(t.shape)], dynamic_dims_strides=[list(t.stride())])
-            for t in tensors
+        config.prepared[key] = (
+            (_look(*given), ()) if alone else (None, tuple(None if t is None else _look(t) for t in tensors))
         )
-    found: tuple[Any, ...] = config.prepared[key]
+    found: tuple[Any, tuple[Any, ...]] = config.prepared[key]
     return found
+
+
+def _look(*tensors: Tensor) -> Any:
+    """What tells whether other tensors look the same."""
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
 
 def describe(tensors: tuple[Any, ...], options: tuple[Any, ...], *, traced: bool) -> AttentionConfig:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -18,9 +19,9 @@ def is_watched() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
 

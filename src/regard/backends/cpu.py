@@ -9,9 +9,11 @@ forward was one call of its kernel.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +30,8 @@ _SCORES_IN_FLIGHT = 2**20  # scores that a step in torch operations holds at onc
 _ADDITIVE_IN_FLIGHT = 2**22  # elements of the additive mask made for one call of the fused kernel
 _FEWEST_KEYS = 16  # what a vector of the fused kernel holds: it takes fewer scores that are all NaN for a hidden row
 _FUSED_ROWS = 256  # fewest rows for which the fused kernel works at full speed
-_WORTH_GROUPING = 2**18  # key elements that a group of query heads must read again, each for itself, to be made one
+_WORTH_GROUPING = 2**16  # key elements, times query heads beyond two in a group, for one product of the group to pay
+_WORTH_DOUBLING = 2**15  # key elements for two bfloat16 rows to take less time than one
 
 
 class CpuBackend:
@@ -127,8 +130,12 @@ def _one_kernel_call(config: AttentionConfig) -> Callable[[Tensor, Tensor, Tenso
         or config.seqlen_k < _FEWEST_KEYS
     ):
         return None
-    kernel = _fused_row if rows == 1 else _kernel
-    return lambda q, k, v: kernel(q, k, v, 0.0, causal, scale=scale)
+    said: dict[str, Any] = {"is_causal": True} if causal else {}
+    if scale != config.head_dim**-0.5:
+        said["scale"] = scale
+    keys = config.batch, config.heads_kv, config.seqlen_k, config.head_dim
+    kernel = _kernel_of_a_row(config.dtype, config.heads_q, keys) if rows == 1 else _kernel
+    return functools.partial(kernel, **said)
 
 
 @dataclass(frozen=True)
@@ -376,8 +383,8 @@ def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = Fal
     widest = max(head_dim, head_dim_v)  # the kernel has one head dim: zeros change neither scores nor values
     q, k, v = _fit_kernel(q, widest), _fit_kernel(k, widest), _fit_kernel(v, widest)
     additive = None if causal else _additive_mask(piece, rows, keys)
-    kernel = _fused_row if len(rows) == 1 else _kernel
-    out, lse = kernel(q, k, v, 0.0, causal, attn_mask=additive, scale=piece.config.softmax_scale)
+    kernel = _kernel_of_a_row(q.dtype, q.shape[1], k.shape) if len(rows) == 1 else _kernel
+    out, lse = kernel(q, k, v, is_causal=causal, attn_mask=additive, scale=piece.config.softmax_scale)
     if additive is not None:
         least = lse.abs().amin().item()
         if math.isnan(least):
@@ -388,24 +395,39 @@ def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = Fal
     return (out if widest == head_dim_v else out[..., :head_dim_v]), lse
 
 
-def _fused_row(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, causal: bool, *, attn_mask: Tensor | None = None, scale: float
+def _kernel_of_a_row(dtype: torch.dtype, heads: int, keys: Sequence[int]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What is fastest for one query a sequence: the fused kernel, or a way to give it the query as several rows.
+
+    Args:
+        dtype, heads: of q.
+        keys: the shape (B, Hk, Sk, D) of k.
+    """
+    batch, heads_kv = keys[:2]
+    elements, group = math.prod(keys), heads // heads_kv
+    if dtype == torch.bfloat16:
+        if group > 1:
+            return _grouped_row
+        return _doubled_row if elements >= _WORTH_DOUBLING else _kernel
+    enough = elements * (group - 2) >= _WORTH_GROUPING and batch * heads_kv >= torch.get_num_threads()
+    return _grouped_row if enough else _kernel
+
+
+def _doubled_row(q: Tensor, k: Tensor, v: Tensor, **said: Any) -> tuple[Tensor, Tensor]:
+    """The fused kernel's product of a single bfloat16 row is several times slower than that of two."""
+    out, lse = _kernel(q.expand(-1, -1, 2, -1), k, v, **said)
+    return out[:, :, :1].contiguous(), lse[:, :, :1]
+
+
+def _grouped_row(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, **said: Any
 ) -> tuple[Tensor, Tensor]:
-    """The fused kernel on one query a sequence, with the query heads of a key/value head as rows of one product."""
+    """The fused kernel with the query heads of a key/value head as rows of one product."""
     batch, heads, _, head_dim = q.shape
     heads_kv = k.shape[1]
-    if q.dtype == torch.bfloat16 and heads == heads_kv:
-        # its product of a single bfloat16 row is several times slower than that of two
-        out, lse = _kernel(q.expand(-1, -1, 2, -1), k, v, dropout_p, causal, attn_mask=attn_mask, scale=scale)
-        return out[:, :, :1].contiguous(), lse[:, :, :1]
-    repeats = k.numel() * (heads // heads_kv - 1)
-    if q.dtype != torch.bfloat16 and (repeats < _WORTH_GROUPING or batch * heads_kv < torch.get_num_threads()):
-        return _kernel(q, k, v, dropout_p, causal, attn_mask=attn_mask, scale=scale)
     group = heads // heads_kv
     if attn_mask is not None and attn_mask.shape[1] != 1:
         attn_mask = attn_mask.reshape(attn_mask.shape[0], heads_kv, group, -1)
-    out, lse = _kernel(q.reshape(batch, heads_kv, group, head_dim), k, v, dropout_p, causal, attn_mask=attn_mask,
-                       scale=scale)  # fmt: skip
+    out, lse = _kernel(q.reshape(batch, heads_kv, group, head_dim), k, v, attn_mask=attn_mask, **said)
     return out.reshape(batch, heads, 1, head_dim), lse.reshape(batch, heads, 1)
 
 
