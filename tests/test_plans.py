@@ -282,7 +282,9 @@ def test_memory_of_plans_is_bounded():
 
 PACKED = torch.tensor([0, 3, 8], dtype=torch.int32)
 CALLS = {
-    "plain": lambda q: regard.attention(q, q, q, causal=True),
+    "plain": lambda q: regard.attention(q, q.clone(), q.clone(), causal=True),
+    "one tensor": lambda q: regard.attention(q, q, q, causal=True),
+    "mask": lambda q: regard.attention(q, q.clone(), q.clone(), mask=torch.ones(S, S, dtype=torch.bool)),
     "lse": lambda q: regard.attention(q, q, q, return_lse=True),
     "heads outside": lambda q: regard.attention(q, q, q, layout="bhsd"),
     "bias": lambda q: regard.attention(q, q, q, bias=torch.zeros(S, S)),
@@ -308,10 +310,13 @@ def test_the_plan_of_the_latest_call_is_recalled(monkeypatch, call):
     ],
     ids=["no_grad", "inference_mode", "autocast", "fake", "flops", "dual", "use_backend"],
 )  # fmt: skip
-def test_no_plan_is_recalled_inside_a_context_that_it_was_not_made_in(context):
-    q = torch.randn(B, S, H, D, requires_grad=True)
-    tensors, options = (q, q, q, *[None] * 8), ("bshd", True, None, None, 0, 0, False, False, None, None, None, None)
-    regard.attention(q, q, q, causal=True)
+@pytest.mark.parametrize("apart", [False, True])
+def test_no_plan_is_recalled_inside_a_context_that_it_was_not_made_in(context, apart):
+    q, k, v = (torch.randn(B, S, H, D, requires_grad=True) for _ in "qkv")
+    if not apart:
+        k = v = q
+    tensors, options = (q, k, v, *[None] * 8), ("bshd", True, None, None, 0, 0, False, False, None, None, None, None)
+    regard.attention(q, k, v, causal=True)
     assert plans.recall(tensors, options, None) is not None
     with context():
         assert plans.recall(tensors, options, None) is None
@@ -331,6 +336,27 @@ def test_plans_made_inside_a_context_are_recalled_there(monkeypatch, context):
                 patch.setattr(plans, "make", None)
                 regard.attention(q, q, q)
     regard.attention(inside, inside, inside)
+
+
+def test_a_plan_is_not_recalled_for_other_tensors_beside_q_k_and_v():
+    """A mask, or q as k too, or a subclass, or what is no tensor: each looks otherwise."""
+    q, k, v = (torch.randn(B, S, H, D) for _ in "qkv")
+    options = ("bshd", True, None, None, 0, 0, False, False, None, None, None, None)
+    regard.attention(q, k, v, causal=True)
+    assert plans.recall((q, k, v, *[None] * 8), options, None) is not None
+    for place in range(3, 11):
+        others = [None] * 8
+        others[place - 3] = torch.ones(S, S, dtype=torch.bool)
+        assert plans.recall((q, k, v, *others), options, None) is None
+
+    class Subclass(torch.Tensor):
+        pass
+
+    for place in range(3):
+        for other in (q.as_subclass(Subclass), q.to("meta"), q.half(), q.mT.contiguous().mT, None, [1.0]):
+            tensors = [q, k, v]
+            tensors[place] = other
+            assert plans.recall((*tensors, *[None] * 8), options, None) is None
 
 
 def test_numbers_of_numpy_are_remembered_too(probe):

@@ -176,6 +176,65 @@ def test_shortcuts_are_exact(backend, sizes, dtype, layout):
     assert out.is_contiguous() or (layout == "bhsd" and out.transpose(1, 2).is_contiguous())
 
 
+MASKED = {  # Sq, Sk, causal, the mask's shape
+    "every pair": (9, 24, False, (3, 4, 9, 24)),
+    "of a batch": (9, 24, True, (3, 1, 1, 24)),
+    "two dimensions": (19, 19, True, (19, 19)),
+    "one dimension": (9, 24, False, (24,)),
+    "a row for every head": (1, 40, True, (4, 1, 40)),
+    "long row": (1, 2500, True, (3, 1, 1, 2500)),
+    "a column": (24, 16, False, (24, 1)),
+    "causal alone": (9, 24, True, None),
+    "more queries than keys": (24, 17, True, None),
+    "few keys": (9, 9, False, (9, 9)),
+    "many rows": (300, 40, True, (300, 40)),
+}
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", MASKED.values(), ids=MASKED)
+def test_masked_calls_are_exact(case, dtype, layout):
+    """In every call alike, with rows and sequences that see nothing, and with NaN in a hidden key."""
+    sq, sk, causal, shape = case
+    q, k, v = qkv(sq=sq, sk=sk, layout=layout, dtype=dtype, batch=3)
+    calls = [dict(causal=causal)]
+    if shape is not None:
+        some, first = torch.rand(shape) > 0.4, torch.rand(shape) > 0.4
+        first[0] = False
+        calls = [dict(causal=causal, mask=mask) for mask in (some, first, torch.zeros(shape, dtype=torch.bool), some)]
+        if shape[-1] == sk:
+            some[..., 3] = False
+            k.select(1 if layout == "bshd" else 2, 3).fill_(float("nan"))
+    for call in calls:
+        for more in (dict(), dict(return_lse=True)):
+            call = call | more | dict(layout=layout)
+            truth = regard.attention(q.double(), k.double(), v.double(), **call, backend="reference")
+            plain = regard.attention(q, k, v, **call, backend="reference")
+            found = regard.attention(q, k, v, **call, backend="cpu")
+            for one, of, beside in zip(*((x if more else [x]) for x in (found, truth, plain)), strict=True):
+                assert_close(one, of, beside)
+
+
+def test_a_mask_is_given_to_a_shortcut_as_it_is_in_every_call(short, monkeypatch):
+    seen = []
+    monkeypatch.setattr(short, "shortcut", lambda config, layout: lambda q, k, v, mask: seen.append(mask) or q.clone())
+    for mask in (torch.ones(9, 9, dtype=torch.bool), torch.zeros(9, 9, dtype=torch.bool)):
+        regard.attention(*qkv(), mask=mask)
+        assert seen[-1].shape == (1, 1, 9, 9) and seen[-1].data_ptr() == mask.data_ptr()
+    assert len(seen) == 2
+
+
+def test_a_causal_mask_made_in_inference_mode_serves_training():
+    with torch.inference_mode():
+        regard.attention(*qkv(sq=7, sk=29), causal=True, backend="cpu")
+    q, k, v = (t.requires_grad_() for t in qkv(sq=7, sk=29))
+    regard.attention(q, k, v, causal=True, backend="cpu").sum().backward()
+    found = [t.grad for t in (q, k, v)]
+    expected = torch.autograd.grad(regard.attention(q, k, v, causal=True, backend="reference").sum(), (q, k, v))
+    torch.testing.assert_close(found, list(expected))
+
+
 @pytest.mark.parametrize("sizes", DECODING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_row_by_the_long_way(sizes, dtype):
@@ -204,5 +263,6 @@ def test_a_head_dim_that_is_not_the_innermost_is_not_given_to_the_kernel():
 
 
 def test_calls_without_a_shortcut_have_none():
-    config = regard.AttentionConfig.from_tensors(*qkv(sq=5), causal=True)
-    assert registry.get("cpu").shortcut(config, "bshd") is None, "causal, and not aligned at both ends"
+    q, k, v = qkv(sk=24)
+    config = regard.AttentionConfig.from_tensors(q, k, v[..., :8])
+    assert registry.get("cpu").shortcut(config, "bshd") is None, "two head dims"

@@ -29,8 +29,8 @@ INAPPLICABLE = frozenset({"device", "arch", "not_installed", "dtype_float64"})
 Gradients = dict[str, Tensor | None]
 """Gradients by input name: q, k, v always; bias and sinks where given."""
 
-Shortcut = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From q, k and v in the caller's layout to out in it."""
+Shortcut = Callable[..., Tensor]
+"""From q, k and v in the caller's layout, and a mask of four dimensions if the call has one, to out in the layout."""
 
 
 @runtime_checkable
@@ -396,11 +396,11 @@ def backend_is_composed_of_torch_ops(backend: AttentionBackend) -> bool:
 
 
 def shortcut(backend: AttentionBackend, config: AttentionConfig, layout: str) -> Shortcut | None:
-    """What a backend offers in its optional method ``shortcut(config, layout)`` for calls of q, k and v alone: the call
-    itself, for backends where making the canonical inputs would take as long.
+    """What a backend offers in its optional method ``shortcut(config, layout)`` for calls of q, k, v and at most a
+    mask: the call itself, for backends where making the canonical inputs would take as long.
 
-    It is asked for calls with q, k and v of the same shapes, strides, dtypes and device, those that ``config`` was made
-    from; their addresses differ.
+    It is asked for calls with tensors of the same shapes, strides, dtypes and device, those that ``config`` was made
+    from; their addresses differ. Where it raises, the call goes through ``forward``.
 
     None where it offers nothing, or where the call needs more than its output: lse, or autograd to go round a backend
     that it cannot see through.
@@ -412,4 +412,4 @@ def shortcut(backend: AttentionBackend, config: AttentionConfig, layout: str) ->
     return offered(config, layout)
 
 
-_PLAIN = {"causal", "grad", "deterministic"}  # features of a call of q, k and v alone
+_PLAIN = {"causal", "mask", "grad", "deterministic"}  # features of a call of q, k, v and at most a mask

@@ -9,29 +9,24 @@ forward was one call of its kernel.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from regard.backends import cpu_fused as fused
 from regard.backends.reference import compact, dropout_keep, gather_pages
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.registry import Gradients, Shortcut
 
 _INF = float("inf")
-_kernel = torch._scaled_dot_product_flash_attention_for_cpu
-_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _SCORES_IN_FLIGHT = 2**20  # scores that a step in torch operations holds at once, over all heads
 _ADDITIVE_IN_FLIGHT = 2**22  # elements of the additive mask made for one call of the fused kernel
-_FEWEST_KEYS = 16  # what a vector of the fused kernel holds: it takes fewer scores that are all NaN for a hidden row
-_FUSED_ROWS = 256  # fewest rows for which the fused kernel works at full speed
-_WORTH_GROUPING = 2**16  # key elements, times query heads beyond two in a group, for one product of the group to pay
-_WORTH_DOUBLING = 2**15  # key elements for two bfloat16 rows to take less time than one
 
 
 class CpuBackend:
@@ -51,12 +46,12 @@ class CpuBackend:
         return config.kv_layout
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        if _one_kernel_call not in config.prepared:
-            config.prepared[_one_kernel_call] = _one_kernel_call(config)
-        call = config.prepared[_one_kernel_call]
+        call = fused.one_call(config)
         if call is not None:
-            out, lse = call(*(t.transpose(1, 2) for t in inputs[:3]))
-            return out.transpose(1, 2).contiguous(), lse
+            q, k, v = (t.transpose(1, 2) for t in inputs[:3])
+            with contextlib.suppress(FloatingPointError):
+                out, lse = call(q, k, v) if inputs.mask is None else call(q, k, v, inputs.mask)
+                return out.transpose(1, 2).contiguous(), lse
         inputs = gather_pages(inputs)
         spans = _spans(config, inputs)
         if spans == [_WHOLE]:
@@ -72,14 +67,14 @@ class CpuBackend:
         return out, lse
 
     def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
-        call = _one_kernel_call(config)
+        call = fused.one_call(config)
         if call is None:
             return None
-        if layout == "bshd":
-            return lambda q, k, v: (
-                call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))[0].transpose(1, 2).contiguous()
-            )
-        return lambda q, k, v: compact(call(q, k, v)[0])
+        if layout == "bhsd":
+            return lambda *tensors: compact(call(*tensors)[0])
+        return lambda q, k, v, *mask: (
+            call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *mask)[0].transpose(1, 2).contiguous()
+        )
 
     @torch.no_grad()
     def backward(
@@ -92,7 +87,7 @@ class CpuBackend:
         grad_lse: Tensor | None,
     ) -> Gradients:
         assert lse is not None
-        if grad_lse is None and not config.deterministic and _one_kernel_call(config) is not None:
+        if grad_lse is None and not config.deterministic and fused.unmasked_call(config) is not None:
             return _differentiate_fused(config, inputs, out, lse, grad_out)
         found = {
             name: torch.zeros(tensor.shape, dtype=_accumulator(inputs.q.dtype))
@@ -110,32 +105,6 @@ class CpuBackend:
                 None if grad_lse is None else span.rows_of_lse(grad_lse),
             )
         return {name: gradient.to(getattr(inputs, name).dtype) for name, gradient in found.items()}
-
-
-def _one_kernel_call(config: AttentionConfig) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """The fused kernel on q, k and v (B, H, S, D) as they are, where nothing is left of what `_attend` decides.
-
-    Small calls notice every microsecond beside the kernel.
-    """
-    rows, scale = config.seqlen_q, config.softmax_scale
-    causal = config.causal and rows > 1
-    if (
-        not {"causal", "lse", "grad", "deterministic"}.issuperset(config.features())
-        or config.dtype == torch.float16
-        or (config.dtype == torch.bfloat16 and _needs_exact_lse(config))
-        or config.head_dim != config.head_dim_v
-        or (causal and (rows != config.seqlen_k or scale <= 0))
-        or any(strides is None or strides[3] != 1 for strides in (config.q_strides, config.k_strides, config.v_strides))
-        or config.is_empty
-        or config.seqlen_k < _FEWEST_KEYS
-    ):
-        return None
-    said: dict[str, Any] = {"is_causal": True} if causal else {}
-    if scale != config.head_dim**-0.5:
-        said["scale"] = scale
-    keys = config.batch, config.heads_kv, config.seqlen_k, config.head_dim
-    kernel = _kernel_of_a_row(config.dtype, config.heads_q, keys) if rows == 1 else _kernel
-    return functools.partial(kernel, **said)
 
 
 @dataclass(frozen=True)
@@ -331,7 +300,7 @@ def _nothing_visible(piece: _Piece, rows: int) -> tuple[Tensor, Tensor]:
 def _attend_fused(piece: _Piece) -> tuple[Tensor, Tensor]:
     """Attention without softcap and dropout, by torch's fused kernel."""
     config = piece.config
-    if piece.q.dtype == torch.float16 or (piece.q.dtype == torch.bfloat16 and _needs_exact_lse(config)):
+    if piece.q.dtype == torch.float16 or (piece.q.dtype == torch.bfloat16 and fused.needs_exact_lse(config)):
         # In half precision its exponentials are coarse: good enough for out but not for lse. And float16 is slow.
         piece = replace(piece, q=piece.q.float(), k=piece.k.float(), v=piece.v.float())
     q, k = piece.q, piece.k
@@ -345,20 +314,16 @@ def _attend_fused(piece: _Piece) -> tuple[Tensor, Tensor]:
     return _by_query_blocks(piece, _fused_or_online, _fused_rows(piece))
 
 
-def _needs_exact_lse(config: AttentionConfig) -> bool:
-    return config.return_lse or config.requires_grad or config.sinks
-
-
 def _fused_rows(piece: _Piece) -> int:
     """Rows of a query block: an additive mask of bounded size, few keys outside the window."""
     left, right = piece.config.band
     windowed = left is not None and right is not None
     span = min(piece.k.shape[2], left + right + 1) if left is not None and right is not None else piece.k.shape[2]
     heads = max([1, *(t.shape[0] * t.shape[1] for t in (piece.mask, piece.bias, piece.slopes) if t is not None)])
-    rows = max(_FUSED_ROWS, _ADDITIVE_IN_FLIGHT // (heads * span))
+    rows = max(fused.FULL_SPEED_ROWS, _ADDITIVE_IN_FLIGHT // (heads * span))
     if left is None and right is None:
         return rows
-    return min(rows, max(_FUSED_ROWS, (span if windowed else piece.q.shape[2]) // 4))
+    return min(rows, max(fused.FULL_SPEED_ROWS, (span if windowed else piece.q.shape[2]) // 4))
 
 
 def _by_query_blocks(piece: _Piece, attend_block: _AttendBlock, rows_in_block: int) -> tuple[Tensor, Tensor]:
@@ -376,59 +341,23 @@ def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = Fal
     """One call of the fused kernel, or algorithm 1 where the kernel is not to be trusted with NaN: for few keys, and
     again where one may have leaked from a hidden key.
     """
-    if len(keys) < _FEWEST_KEYS:
+    if len(keys) < fused.FEWEST_KEYS:
         return _online_softmax(piece, rows, keys)
     q, k, v = _narrow(piece.q, rows), _narrow(piece.k, keys), _narrow(piece.v, keys)
     head_dim, head_dim_v = q.shape[3], v.shape[3]
     widest = max(head_dim, head_dim_v)  # the kernel has one head dim: zeros change neither scores nor values
     q, k, v = _fit_kernel(q, widest), _fit_kernel(k, widest), _fit_kernel(v, widest)
     additive = None if causal else _additive_mask(piece, rows, keys)
-    kernel = _kernel_of_a_row(q.dtype, q.shape[1], k.shape) if len(rows) == 1 else _kernel
-    out, lse = kernel(q, k, v, is_causal=causal, attn_mask=additive, scale=piece.config.softmax_scale)
+    kernel: fused.Call = functools.partial(fused.kernel, is_causal=True) if causal else fused.kernel
+    if len(rows) == 1:
+        kernel = fused.fastest_for_a_row(q.dtype, q.shape[1], k.shape)
+    out, lse = kernel(q, k, v, attn_mask=additive, scale=piece.config.softmax_scale)
     if additive is not None:
-        least = lse.abs().amin().item()
-        if math.isnan(least):
+        try:
+            lse = fused.lse_of_hidden_rows(lse, additive)
+        except FloatingPointError:
             return _online_softmax(piece, rows, keys)
-        if least == 0:  # the kernel's lse of a row that sees nothing
-            hidden = (additive.amax(-1) == -_INF).expand(lse.shape)
-            lse = lse.masked_fill(hidden, -_INF)
     return (out if widest == head_dim_v else out[..., :head_dim_v]), lse
-
-
-def _kernel_of_a_row(dtype: torch.dtype, heads: int, keys: Sequence[int]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What is fastest for one query a sequence: the fused kernel, or a way to give it the query as several rows.
-
-    Args:
-        dtype, heads: of q.
-        keys: the shape (B, Hk, Sk, D) of k.
-    """
-    batch, heads_kv = keys[:2]
-    elements, group = math.prod(keys), heads // heads_kv
-    if dtype == torch.bfloat16:
-        if group > 1:
-            return _grouped_row
-        return _doubled_row if elements >= _WORTH_DOUBLING else _kernel
-    enough = elements * (group - 2) >= _WORTH_GROUPING and batch * heads_kv >= torch.get_num_threads()
-    return _grouped_row if enough else _kernel
-
-
-def _doubled_row(q: Tensor, k: Tensor, v: Tensor, **said: Any) -> tuple[Tensor, Tensor]:
-    """The fused kernel's product of a single bfloat16 row is several times slower than that of two."""
-    out, lse = _kernel(q.expand(-1, -1, 2, -1), k, v, **said)
-    return out[:, :, :1].contiguous(), lse[:, :, :1]
-
-
-def _grouped_row(
-    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, **said: Any
-) -> tuple[Tensor, Tensor]:
-    """The fused kernel with the query heads of a key/value head as rows of one product."""
-    batch, heads, _, head_dim = q.shape
-    heads_kv = k.shape[1]
-    group = heads // heads_kv
-    if attn_mask is not None and attn_mask.shape[1] != 1:
-        attn_mask = attn_mask.reshape(attn_mask.shape[0], heads_kv, group, -1)
-    out, lse = _kernel(q.reshape(batch, heads_kv, group, head_dim), k, v, attn_mask=attn_mask, **said)
-    return out.reshape(batch, heads, 1, head_dim), lse.reshape(batch, heads, 1)
 
 
 def _fit_kernel(tensor: Tensor, head_dim: int) -> Tensor:
@@ -444,8 +373,7 @@ def _additive_mask(piece: _Piece, rows: range, keys: range) -> Tensor | None:
     if added is None:
         if visible is None:
             return None
-        seen, hidden = (torch.tensor(number, dtype=piece.q.dtype) for number in (0.0, -_INF))
-        return torch.where(visible, seen, hidden)
+        return torch.where(visible, fused.SEEN[piece.q.dtype], fused.HIDDEN[piece.q.dtype])
     if added.dtype != piece.q.dtype:
         added = added.to(_accumulator(piece.q.dtype))
     return added if visible is None else torch.where(visible, added, -_INF)
@@ -523,7 +451,7 @@ def _differentiate_fused(
     """The fused kernel's own backward, of a call that is one call of its forward."""
     tensors = (grad_out if grad_out.stride(3) == 1 else grad_out.contiguous(), *inputs[:3], out)
     causal = config.causal and config.seqlen_q > 1
-    found = _kernel_backward(*(t.transpose(1, 2) for t in tensors), lse, 0.0, causal, scale=config.softmax_scale)
+    found = fused.kernel_backward(*(t.transpose(1, 2) for t in tensors), lse, 0.0, causal, scale=config.softmax_scale)
     return {name: gradient.transpose(1, 2) for name, gradient in zip("qkv", found, strict=True)}
 
 

@@ -81,7 +81,9 @@ class FlashBackend:
         return out, lse
 
     def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
-        if config.device != "cuda" or config.dtype == torch.float32:  # which has torch's precision of the moment
+        if config.mask_shape is not None or config.device != "cuda":
+            return None
+        if config.dtype == torch.float32:  # which has torch's precision of the moment
             return None
         others = (None,) * (len(_SCORE_TENSORS) - 3)
         key = functools.partial(_forward_key, config)

@@ -38,7 +38,9 @@ class SdpaBackend:
             out = out.masked_fill(hidden_rows, 0.0)
         return out.transpose(1, 2).contiguous(), None
 
-    def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut:
+    def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
+        if config.mask_shape is not None:
+            return None
         trusting = config.device == "cuda"
         if layout == "bhsd":
             return lambda q, k, v: compact(_attend(config, q, k, v, None, trusting))

@@ -1,0 +1,158 @@
+"""Torch's fused CPU kernel: which of its forms is fastest, what its results lack, and calls that are one call of it.
+
+Tensors are (B, H, S, D) here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from regard.config import FLOAT_DTYPES, AttentionConfig
+
+FEWEST_KEYS = 16  # what a vector of the kernel holds: it takes fewer scores that are all NaN for a hidden row
+FULL_SPEED_ROWS = 256  # fewest rows for which it works at full speed
+_PAIRS_KEPT = 2**18  # of a causal mask that is kept; calls with more take so long that a mask is soon made
+_WORTH_GROUPING = 2**16  # key elements, times query heads beyond two in a group, for one product of the group to pay
+_WORTH_DOUBLING = 2**15  # key elements for two bfloat16 rows to take less time than one
+_INF = float("inf")
+
+kernel = torch._scaled_dot_product_flash_attention_for_cpu
+kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+SEEN, HIDDEN = (
+    {dtype: torch.tensor(added, dtype=dtype, device="cpu") for dtype in FLOAT_DTYPES} for added in (0.0, -_INF)
+)
+"""What is added to a score, by dtype."""
+
+Call = Callable[..., tuple[Tensor, Tensor]]
+"""From q, k and v, and the mask of a call that has one, to out and lse.
+
+Raises FloatingPointError where the kernel is not to be trusted with NaN.
+"""
+
+
+def needs_exact_lse(config: AttentionConfig) -> bool:
+    """In half precision the kernel's exponentials are coarse: good enough for out but not for lse."""
+    return config.return_lse or config.requires_grad or config.sinks
+
+
+def one_call(config: AttentionConfig) -> Call | None:
+    """The whole call as one of the kernel, where that is possible.
+
+    Small calls notice every microsecond beside the kernel.
+    """
+    if one_call not in config.prepared:
+        config.prepared[one_call] = unmasked_call(config) or _masked_call(config)
+    found: Call | None = config.prepared[one_call]
+    return found
+
+
+def unmasked_call(config: AttentionConfig) -> Call | None:
+    """The kernel on q, k and v as they are, and nothing else."""
+    causal = config.causal and config.seqlen_q > 1
+    # its is_causal fills scores that are scaled later with -inf: the scale must be positive
+    aligned = config.seqlen_q == config.seqlen_k and config.softmax_scale > 0
+    if config.mask_shape is not None or (causal and not aligned) or not _suits(config):
+        return None
+    return functools.partial(_form(config), is_causal=True) if causal else _form(config)
+
+
+def _masked_call(config: AttentionConfig) -> Call | None:
+    """With a mask, or causal with more keys than queries or fewer, in one block."""
+    rows, keys, dtype = config.seqlen_q, config.seqlen_k, config.dtype
+    if rows > FULL_SPEED_ROWS or rows * keys > _PAIRS_KEPT or not _suits(config):
+        return None
+    form, causal = _form(config), config.causal and rows > 1
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        additive = _causal_mask(rows, keys, dtype) if causal else SEEN[dtype]
+        if mask is not None:
+            additive = torch.where(mask, additive, HIDDEN[dtype])
+        out, lse = form(q, k, v, attn_mask=additive)
+        return out, lse_of_hidden_rows(lse, additive)
+
+    return attend
+
+
+def _suits(config: AttentionConfig) -> bool:
+    """Whether the kernel, with an additive mask if need be, takes the inputs and gives the results as they are."""
+    strides = config.q_strides, config.k_strides, config.v_strides
+    return (
+        {"causal", "mask", "lse", "grad", "deterministic"}.issuperset(config.features())
+        and config.dtype != torch.float16
+        and not (config.dtype == torch.bfloat16 and needs_exact_lse(config))
+        and config.head_dim == config.head_dim_v
+        and all(each is not None and each[3] == 1 for each in strides)
+        and not config.is_empty
+        and config.seqlen_k >= FEWEST_KEYS
+    )
+
+
+def _form(config: AttentionConfig) -> Call:
+    """The kernel for the sizes of a call, given its scale where that is not torch's default."""
+    keys = config.batch, config.heads_kv, config.seqlen_k, config.head_dim
+    form = fastest_for_a_row(config.dtype, config.heads_q, keys) if config.seqlen_q == 1 else kernel
+    scale = config.softmax_scale
+    return form if scale == config.head_dim**-0.5 else functools.partial(form, scale=scale)
+
+
+def lse_of_hidden_rows(lse: Tensor, additive: Tensor) -> Tensor:
+    """The kernel's lse with -inf, where it gives 0, for rows that see nothing.
+
+    Raises:
+        FloatingPointError: some of it is NaN, which may have leaked from a hidden key.
+    """
+    least = torch.linalg.vector_norm(lse, -_INF).item()
+    if math.isnan(least):
+        raise FloatingPointError("NaN in lse")
+    return lse if least > 0 else lse.masked_fill((additive.amax(-1) == -_INF).expand(lse.shape), -_INF)
+
+
+@functools.lru_cache(maxsize=16)
+def _causal_mask(rows: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """Additive; kept since every layer of a model asks for the same one."""
+    with torch.inference_mode(False):
+        return torch.full((rows, keys), -_INF, dtype=dtype, device="cpu").triu_(keys - rows + 1)
+
+
+def fastest_for_a_row(dtype: torch.dtype, heads: int, keys: Sequence[int]) -> Call:
+    """For one query a sequence: the kernel, or a way to give it the query as several rows.
+
+    Args:
+        dtype, heads: of q.
+        keys: the shape (B, Hk, Sk, D) of k.
+    """
+    batch, heads_kv = keys[:2]
+    elements, group = math.prod(keys), heads // heads_kv
+    if dtype == torch.bfloat16:
+        if group > 1:
+            return _grouped_row
+        return _doubled_row if elements >= _WORTH_DOUBLING else kernel
+    enough = elements * (group - 2) >= _WORTH_GROUPING and batch * heads_kv >= torch.get_num_threads()
+    return _grouped_row if enough else kernel
+
+
+def _doubled_row(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The kernel's product of a single bfloat16 row is several times slower than that of two."""
+    out, lse = kernel(q.expand(-1, -1, 2, -1), k, v, attn_mask=attn_mask, scale=scale)
+    return out[:, :, :1].contiguous(), lse[:, :, :1]
+
+
+def _grouped_row(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The kernel with the query heads of a key/value head as rows of one product."""
+    batch, heads, _, head_dim = q.shape
+    heads_kv = k.shape[1]
+    group = heads // heads_kv
+    if attn_mask is not None and attn_mask.shape[1] != 1:
+        attn_mask = attn_mask.reshape(attn_mask.shape[0], heads_kv, group, -1)
+    out, lse = kernel(q.reshape(batch, heads_kv, group, head_dim), k, v, attn_mask=attn_mask, scale=scale)
+    return out.reshape(batch, heads, 1, head_dim), lse.reshape(batch, heads, 1)
