@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import regard
@@ -172,6 +173,23 @@ def test_every_call_is_selected_by_the_registry_of_its_moment(probe):
         assert chosen() == ("probe", False)
 
 
+def test_every_recorder_hears_of_every_call():
+    """Calls outside, before, between and inside recordings; none of them is recalled for another's recorder."""
+    q = torch.randn(1, 4, 2, 8)
+    regard.attention(q, q, q)
+    with regard.record_selections() as outer:
+        regard.attention(q, q, q)
+        with regard.record_selections() as inner:
+            for _ in range(2):
+                regard.attention(q, q, q)
+        regard.attention(q, q, q)
+    for _ in range(2):
+        regard.attention(q, q, q)
+    with regard.record_selections() as later:
+        regard.attention(q, q, q)
+    assert (len(outer), len(inner), len(later)) == (4, 2, 1)
+
+
 def test_a_quarantine_ends_what_was_remembered(probe, monkeypatch):
     assert chosen() == ("probe", False)
 
@@ -322,6 +340,8 @@ def test_no_plan_is_recalled_inside_a_context_that_it_was_not_made_in(context, a
         assert plans.recall(tensors, options, None) is None
     assert plans.recall(tensors, options, None) is not None
     torch.func.vmap(lambda x: (x, plans.recall(tensors, options, None) and 1 / 0)[0])(torch.randn(2))
+    torch.jit.trace(lambda x: (x + 1, plans.recall(tensors, options, None) and 1 / 0)[0], torch.randn(2))
+    make_fx(lambda x: (x + 1, plans.recall(tensors, options, None) and 1 / 0)[0])(torch.randn(2))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -374,9 +394,9 @@ def test_a_remembered_call_is_neither_validated_nor_selected_again(monkeypatch):
 
 def test_traced_calls_are_not_remembered(monkeypatch):
     """A fake tensor looks like a real one, but a config with symbols in it must not serve a real call."""
+    monkeypatch.setattr(plans._recent, "find", None)
     for recent in (plans._recent, plans._latest):
         monkeypatch.setattr(recent, "keep", None)
-        monkeypatch.setattr(recent, "find", None)
     with FakeTensorMode():
         q = torch.randn(1, 4, 2, 8)
         assert regard.attention(q, q, q, causal=True).shape == q.shape

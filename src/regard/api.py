@@ -239,12 +239,13 @@ def _run(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None
                     return _run(_autocast(tensors, torch.get_autocast_dtype(kind)), options, backend)
         plan = plans.make(tensors, options, backend)
     config, selection, shortcut, traced = plan
-    q, k, v, mask, bias, *rest = tensors
+    q, k, v, mask = tensors[:4]
     if shortcut is not None:
         try:
             return shortcut(q, k, v) if mask is None else shortcut(q, k, v, _four_dimensional(mask))
         except Exception:  # noqa: S110 - the long way says what is wrong, or finds another backend
             pass
+    bias, *rest = tensors[4:]
     transposed = options[0] == "bhsd"
     if transposed:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

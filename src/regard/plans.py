@@ -16,7 +16,7 @@ from torch import Tensor
 from regard import lengths
 from regard.config import AttentionConfig, AttentionInputs
 from regard.registry import Selection, Shortcut, registry, shortcut
-from regard.tracing import is_traced, is_watched
+from regard.tracing import is_traced, is_watched_silently
 
 try:
     from torch._C._dynamo.guards import TensorGuards as _TensorGuards
@@ -51,15 +51,17 @@ class Plan(NamedTuple):
 
 
 def recall(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Plan | None:
-    """The plan of the latest call with these options, where this one is alike in all that a plan depends on.
+    """The plan of the latest call with these options, where this one is alike in all that a plan depends on, and
+    nobody records calls.
 
-    `TensorGuards` compares type, shape, strides, dtype, device, requires_grad and the dispatcher's state (autocast,
-    inference mode) at once: this takes a fifth of the time of `make`.
+    `TensorGuards` compares type, shape, strides, dtype, device, requires_grad and the dispatcher's state at once: this
+    takes a fifth of the time of `make`. That state shows autocast and inference mode, and all that `is_watched`
+    finds but what `is_watched_silently` does: nothing is kept of calls that are watched.
 
     Raises:
         ConfigError: values in index tensors are not legal.
     """
-    if is_watched():
+    if is_watched_silently():
         return None
     try:
         known = _latest.find(_said(options, backend))
@@ -81,9 +83,7 @@ def recall(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | No
                 return None
         if not _values_fit(known.plan.config, tensors, options):
             return None
-    plan = known.plan
-    registry.record(plan.config, plan.selection)
-    return plan
+    return known.plan
 
 
 def make(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Plan:
@@ -102,7 +102,7 @@ def make(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None
     config = describe(tensors, options, traced=traced)
     selection, shortcut = select(config, backend, options[0])
     plan = Plan(config, selection, None if traced else shortcut, traced)
-    if not traced and TensorGuards is not None:
+    if not traced and TensorGuards is not None and not registry.state[2]:  # what is recalled is not recorded
         with contextlib.suppress(ValueError):
             _latest.keep(_said(options, backend), _Latest(*_looks(config, tensors), registry.state, plan))
     return plan
@@ -123,7 +123,7 @@ class _Latest(NamedTuple):
 
     look: Any
     looks: tuple[Any, ...]
-    state: tuple[int, str | None]
+    state: tuple[Any, ...]
     plan: Plan
 
 
@@ -180,7 +180,7 @@ def select(config: AttentionConfig, backend: str | None, layout: str) -> tuple[S
     """
     if backend is not None and not isinstance(backend, str):
         return registry.select(config, backend), None
-    changes, scoped = registry.state
+    changes, scoped, _ = registry.state
     key = (backend, scoped, layout)
     known: tuple[int, Selection, Shortcut | None] | None = config.prepared.get(key)
     if known is None or known[0] != changes:

@@ -271,9 +271,9 @@ class Registry:
             recorder.append((config, selection))
 
     @property
-    def state(self) -> tuple[int, str | None]:
-        """Everything of the registry that `select` depends on: equal states choose alike."""
-        return self._changes, self._scoped.get()
+    def state(self) -> tuple[int, str | None, tuple[Any, ...]]:
+        """Everything of the registry that `select` depends on, where equal states choose alike, and whom it tells."""
+        return self._changes, self._scoped.get(), self._recorders.get()
 
     def explain(self, config: AttentionConfig, backend: str | None = None) -> Explanation:
         """List every backend with its reasons, and what `select` would choose. Raises nothing for lack of support.

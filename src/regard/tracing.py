@@ -20,10 +20,14 @@ def is_watched() -> bool:
     return (
         torch.compiler.is_compiling()
         or _get_tracing_state() is not None
-        or _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or is_watched_silently()
     )
+
+
+def is_watched_silently() -> bool:
+    """The part of `is_watched` that the dispatcher's state, as torch's guards compare it, does not always show."""
+    return _len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
 
 
 def is_traced(tensors: Iterable[object]) -> bool:
