@@ -473,23 +473,20 @@ def test_slots_for_packed_sequences(sequences, slots):
     assert forward_arguments(config(batch=100))["SEQUENCES"] == 32
 
 
-def test_heads_that_share_l2():
-    def section(seqlen_k, **options):
-        return forward_arguments(config(seqlen_k=seqlen_k, **options))["section"]
+@pytest.mark.parametrize(("causal", "share"), [(False, 4 * 2**20), (True, 32 * 2**20)])
+def test_heads_whose_tiles_take_turns(causal, share):
+    def forward(seqlen_k, **options):
+        return forward_arguments(config(causal=causal, seqlen_q=seqlen_k, seqlen_k=seqlen_k, **options))["section"]
 
-    assert section(4096) == 32 * 2**20 // (4096 * 128 * 2)
-    assert section(2**20) == 1
-    assert section(2**20, heads_q=24, heads_kv=8) == 3, "a key head's queries stay together"
+    def backward(seqlen_q, **options):
+        return backward_arguments(config(causal=causal, seqlen_q=seqlen_q, seqlen_k=seqlen_q, **options))["section"]
 
-
-def test_heads_whose_queries_share_l2():
-    def section(seqlen_q, **options):
-        return backward_arguments(config(seqlen_q=seqlen_q, **options))["section"]
-
+    assert forward(1024) == share // (1024 * 128 * 2)
+    assert forward(2**20) == backward(2**20) == 1
+    assert forward(2**20, heads_q=24, heads_kv=8) == 3, "a key head's queries stay together"
     row = 64 * (2 + 2 + 4)  # queries, output gradients and fp32 sums
-    assert section(4096) == 32 * 2**20 // (4096 * row)
-    assert section(4096, heads_q=24, heads_kv=8) == 32 * 2**20 // (3 * 4096 * row)
-    assert section(2**20) == 1
+    assert backward(1024) == share // (1024 * row)
+    assert backward(1024, heads_q=24, heads_kv=8) == share // (3 * 1024 * row)
 
 
 def test_table_covers_every_padded_head_dim():

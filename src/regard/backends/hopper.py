@@ -37,7 +37,8 @@ _ONE_PASS_HEAD_DIM = 128  # beyond, the backward in one pass keeps too few keys 
 _LEAST_TWO_PASS_HEAD_DIM = 64  # up to here, flash's two passes are faster
 _TMA_BYTES = 16  # granularity of the addresses and strides that TMA can follow
 _SUMS_ROW = 128  # values in a row of the sums of dQ, as TMA sees them
-_L2_SHARE = 32 * 2**20  # bytes of keys and values (backward: queries) for tiles in flight: most of an H200's 50 MB
+_SECTION_BYTES = 4 * 2**20  # of keys and values (backward: queries) whose tiles take turns, where all are equally long
+_CAUSAL_SECTION_BYTES = 32 * 2**20  # where they are not: as many as an H200's L2 of 50 MB holds
 
 _LEFT_TO_FLASH = "flash serves such calls: a tile of it for every key tile has no room beside the pipeline"
 
@@ -209,7 +210,7 @@ def forward_launch(
         sinks_ptr=_contiguous(inputs.sinks),
         heads=heads,
         group=heads // config.heads_kv,
-        section=max(1, _L2_SHARE // max(key_bytes, 1)) * (heads // config.heads_kv),
+        section=_heads_in_turn(config, key_bytes) * (heads // config.heads_kv),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         KEY_STAGES=tile.key_stages,
@@ -230,6 +231,16 @@ def forward_launch(
         tiles = config.batch * heads * -(-config.seqlen_q // rows)
     options = dict(num_warps=4, maxnreg=tile.max_registers)
     return Launch(attention_forward, min(multiprocessors, tiles), _wanted(attention_forward, arguments), options)
+
+
+def _heads_in_turn(config: AttentionConfig, head_bytes: int) -> int:
+    """Key/value heads whose tiles take turns, one block of each, before those of other heads come up.
+
+    Below a causal bound the longest tiles should come first, of as many heads as possible. Where all are equally long,
+    the tiles of a head run side by side: otherwise all programs ask memory for new heads at once, and then L2 alone.
+    """
+    _, right = bounded_band(config)
+    return max(1, (_SECTION_BYTES if right is None else _CAUSAL_SECTION_BYTES) // max(head_bytes, 1))
 
 
 def query_sums_shape(config: AttentionConfig) -> tuple[int, int]:
@@ -298,7 +309,7 @@ def backward_launch(
         counter_ptr=counter,
         heads=config.heads_q,
         heads_kv=config.heads_kv,
-        section=max(1, _L2_SHARE // max(query_bytes, 1)),
+        section=_heads_in_turn(config, query_bytes),
         HEAD_DIM=config.head_dim,
         BLOCK_M=block_m,
         STAGES=2,
