@@ -51,8 +51,7 @@ class Plan(NamedTuple):
 
 
 def recall(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Plan | None:
-    """The plan of the latest call with these options, where this one is alike in all that a plan depends on, and
-    nobody records calls.
+    """The plan of the latest call with these options, where this one is alike in all that a plan depends on.
 
     `TensorGuards` compares type, shape, strides, dtype, device, requires_grad and the dispatcher's state at once: this
     takes a fifth of the time of `make`. That state shows autocast and inference mode, and all that `is_watched`
@@ -71,8 +70,10 @@ def recall(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | No
         return None
     q, k, v, mask, bias, slopes, sinks, offsets_q, offsets_k, kv_lens, pages = tensors
     if known.look is not None:
-        alone = mask is bias is slopes is sinks is offsets_q is offsets_k is kv_lens is pages is None
-        if not alone or not known.look.check(q, k, v):
+        alone = bias is slopes is sinks is offsets_q is offsets_k is kv_lens is pages is None
+        if not alone or (mask is None) is known.masked:
+            return None
+        if not (known.look.check(q, k, v) if mask is None else known.look.check(q, k, v, mask)):
             return None
     else:
         for look, tensor in zip(known.looks, tensors):  # noqa: B905 - as many as there are `TENSORS`
@@ -83,7 +84,10 @@ def recall(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | No
                 return None
         if not _values_fit(known.plan.config, tensors, options):
             return None
-    return known.plan
+    plan = known.plan
+    if registry.recorders.get():
+        registry.record(plan.config, plan.selection)
+    return plan
 
 
 def make(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Plan:
@@ -102,7 +106,7 @@ def make(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None
     config = describe(tensors, options, traced=traced)
     selection, shortcut = select(config, backend, options[0])
     plan = Plan(config, selection, None if traced else shortcut, traced)
-    if not traced and TensorGuards is not None and not registry.state[2]:  # what is recalled is not recorded
+    if not traced and TensorGuards is not None:
         with contextlib.suppress(ValueError):
             _latest.keep(_said(options, backend), _Latest(*_looks(config, tensors), registry.state, plan))
     return plan
@@ -117,27 +121,32 @@ class _Latest(NamedTuple):
     """A plan, and when it holds: for tensors of these looks, in this state of the registry.
 
     Attributes:
-        look: of q, k and v together, where they are three tensors and all that is given: one question instead of many.
-        looks: where not, of each of `TENSORS`.
+        look: of q, k, v and the mask if there is one together, where they are different tensors and all that is given:
+            one question instead of many.
+        masked: whether a mask is one of them.
+        looks: where there is no ``look``, of each of `TENSORS`.
     """
 
     look: Any
+    masked: bool
     looks: tuple[Any, ...]
-    state: tuple[Any, ...]
+    state: tuple[int, str | None]
     plan: Plan
 
 
-def _looks(config: AttentionConfig, tensors: tuple[Tensor | None, ...]) -> tuple[Any, tuple[Any, ...]]:
+def _looks(config: AttentionConfig, tensors: tuple[Tensor | None, ...]) -> tuple[Any, bool, tuple[Any, ...]]:
     """The first fields of `_Latest` for these tensors, which are those that the config describes."""
     inference = [t is not None and t.is_inference() for t in tensors]  # no matter of the config, but of the dispatcher
-    given = [t for t in tensors if t is not None]
-    alone = len(given) == 3 == len({id(t) for t in given})  # a look at several refuses a tensor that is there twice
+    given, masked = [t for t in tensors if t is not None], tensors[3] is not None
+    alone = len(given) == 3 + masked == len({id(t) for t in given})  # many in one refuse a tensor that is there twice
     key = (_looks, alone, torch.is_inference_mode_enabled(), *inference, *map(type, tensors))
     if key not in config.prepared:
         config.prepared[key] = (
-            (_look(*given), ()) if alone else (None, tuple(None if t is None else _look(t) for t in tensors))
+            (_look(*given), masked, ())
+            if alone
+            else (None, masked, tuple(None if t is None else _look(t) for t in tensors))
         )
-    found: tuple[Any, tuple[Any, ...]] = config.prepared[key]
+    found: tuple[Any, bool, tuple[Any, ...]] = config.prepared[key]
     return found
 
 
@@ -180,7 +189,7 @@ def select(config: AttentionConfig, backend: str | None, layout: str) -> tuple[S
     """
     if backend is not None and not isinstance(backend, str):
         return registry.select(config, backend), None
-    changes, scoped, _ = registry.state
+    changes, scoped = registry.state
     key = (backend, scoped, layout)
     known: tuple[int, Selection, Shortcut | None] | None = config.prepared.get(key)
     if known is None or known[0] != changes:

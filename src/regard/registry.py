@@ -128,7 +128,7 @@ class Registry:
         self._entry_points_loaded = False
         self._changes = 0
         self._scoped: contextvars.ContextVar[str | None] = contextvars.ContextVar("regard_backend", default=None)
-        self._recorders: contextvars.ContextVar[tuple[list[tuple[AttentionConfig, Selection]], ...]] = (
+        self.recorders: contextvars.ContextVar[tuple[list[tuple[AttentionConfig, Selection]], ...]] = (
             contextvars.ContextVar("regard_recorders", default=())
         )
 
@@ -212,11 +212,11 @@ class Registry:
     def record_selections(self) -> Iterator[list[tuple[AttentionConfig, Selection]]]:
         """Collect (config, selection) of every eager call inside the ``with`` block, in this thread and task."""
         recorder: list[tuple[AttentionConfig, Selection]] = []
-        token = self._recorders.set((*self._recorders.get(), recorder))
+        token = self.recorders.set((*self.recorders.get(), recorder))
         try:
             yield recorder
         finally:
-            self._recorders.reset(token)
+            self.recorders.reset(token)
 
     def requested(self, backend: str | None) -> str | None:
         """The name that an argument, the innermost `use_backend`, or the default asks for; None is automatic."""
@@ -267,13 +267,13 @@ class Registry:
 
     def record(self, config: AttentionConfig, selection: Selection) -> None:
         """Tell every `record_selections` around this call."""
-        for recorder in self._recorders.get():
+        for recorder in self.recorders.get():
             recorder.append((config, selection))
 
     @property
-    def state(self) -> tuple[int, str | None, tuple[Any, ...]]:
-        """Everything of the registry that `select` depends on, where equal states choose alike, and whom it tells."""
-        return self._changes, self._scoped.get(), self._recorders.get()
+    def state(self) -> tuple[int, str | None]:
+        """Everything of the registry that `select` depends on: equal states choose alike."""
+        return self._changes, self._scoped.get()
 
     def explain(self, config: AttentionConfig, backend: str | None = None) -> Explanation:
         """List every backend with its reasons, and what `select` would choose. Raises nothing for lack of support.

@@ -354,7 +354,7 @@ def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = Fal
     out, lse = kernel(q, k, v, attn_mask=additive, scale=piece.config.softmax_scale)
     if additive is not None:
         try:
-            lse = fused.lse_of_hidden_rows(lse, additive)
+            lse = fused.checked_lse(lse, additive, exact=fused.needs_exact_lse(piece.config))
         except FloatingPointError:
             return _online_softmax(piece, rows, keys)
     return (out if widest == head_dim_v else out[..., :head_dim_v]), lse

@@ -67,14 +67,14 @@ def _masked_call(config: AttentionConfig) -> Call | None:
     rows, keys, dtype = config.seqlen_q, config.seqlen_k, config.dtype
     if rows > FULL_SPEED_ROWS or rows * keys > _PAIRS_KEPT or not _suits(config):
         return None
-    form, causal = _form(config), config.causal and rows > 1
+    form, causal, exact = _form(config), config.causal and rows > 1, needs_exact_lse(config)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         additive = _causal_mask(rows, keys, dtype) if causal else SEEN[dtype]
         if mask is not None:
             additive = torch.where(mask, additive, HIDDEN[dtype])
         out, lse = form(q, k, v, attn_mask=additive)
-        return out, lse_of_hidden_rows(lse, additive)
+        return out, checked_lse(lse, additive, exact=exact)
 
     return attend
 
@@ -101,16 +101,18 @@ def _form(config: AttentionConfig) -> Call:
     return form if scale == config.head_dim**-0.5 else functools.partial(form, scale=scale)
 
 
-def lse_of_hidden_rows(lse: Tensor, additive: Tensor) -> Tensor:
-    """The kernel's lse with -inf, where it gives 0, for rows that see nothing.
+def checked_lse(lse: Tensor, additive: Tensor, *, exact: bool) -> Tensor:
+    """The kernel's lse, and where it is to be exact, -inf instead of 0 for rows that see nothing.
 
     Raises:
         FloatingPointError: some of it is NaN, which may have leaked from a hidden key.
     """
-    least = torch.linalg.vector_norm(lse, -_INF).item()
+    least = lse.min().item()
     if math.isnan(least):
         raise FloatingPointError("NaN in lse")
-    return lse if least > 0 else lse.masked_fill((additive.amax(-1) == -_INF).expand(lse.shape), -_INF)
+    if not exact or least > 0 or not (lse == 0).any():
+        return lse
+    return lse.masked_fill((additive.amax(-1) == -_INF).expand(lse.shape), -_INF)
 
 
 @functools.lru_cache(maxsize=16)
