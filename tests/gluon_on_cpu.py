@@ -2,8 +2,9 @@
 
 `plain` makes a kernel's function one of Python, which computes with whatever stands in for Gluon's names. `HOPPER` is
 such a stand-in: its tensors are torch's, its barriers wait, the roles of a program are threads. It is as unkind as the
-hardware may be: products and stores read shared memory at the last moment that the kernel's waits allow, shared memory
-is NaN until it is written and again once a ring's stage is given back, and a role that waits for ever is an error.
+hardware may be: products and stores read shared memory at the last moment that the kernel's waits allow, a product of
+what changed meanwhile is NaN, what is loaded comes no sooner than it is waited for, shared memory is NaN until it is
+written and again once a ring's stage is given back, and a role that waits for ever is an error.
 """
 
 import inspect
@@ -11,6 +12,7 @@ import itertools
 import math
 import sys
 import threading
+import time
 from types import FunctionType, SimpleNamespace
 
 import torch
@@ -186,6 +188,20 @@ class Memory:
         self.values.fill_(_nothing(self.values.dtype))
 
 
+class Chunks:
+    """A tile of 16-bit elements as TMA and wgmma have it, rows at a time: in panels of 64 columns, one after the other
+    (PTX ISA, "Strides": 128 bytes a row, which swizzling permutes in itself). It is not done at once."""
+
+    def __init__(self, tile, shape):
+        self.tile, (count, self.rows, columns) = tile.values.flatten(0, -2), shape
+        assert columns == 64 and count * self.rows * columns == tile.numel
+
+    def index(self, number):
+        time.sleep(2e-4)
+        panel, first = divmod(int(number) * self.rows, len(self.tile))
+        return Memory(self.tile[first : first + self.rows, panel * 64 : (panel + 1) * 64])
+
+
 class Bytes:
     """Shared memory that different tiles take turns in: it holds what was stored last."""
 
@@ -206,6 +222,7 @@ class View:
 
     rank = property(lambda self: len(self.shape))
     numel = property(lambda self: math.prod(self.shape))
+    values = property(lambda self: self.memory.held)
 
     def reshape(self, _shape):
         return self
@@ -213,6 +230,10 @@ class View:
     def store(self, values):
         assert values.numel() == self.numel
         self.memory.held = values
+
+
+def view_as(memory, dtype, shape, layout):
+    return View(memory, dtype, shape, layout) if isinstance(memory, Bytes) else Chunks(memory, shape)
 
 
 class Pointer:
@@ -278,7 +299,7 @@ class Barrier:
     """An mbarrier: see PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier"."""
 
     def __init__(self):
-        self.phase, self.count, self.missing, self.bytes, self.forgets = 0, 0, 0, 0, []
+        self.phase, self.count, self.missing, self.bytes, self.forgets, self.under_way = 0, 0, 0, 0, [], []
 
     def init(self, count):
         self.count = self.missing = count
@@ -288,14 +309,23 @@ class Barrier:
             self.bytes += count
             self.arrive()
 
-    def receive(self, count):
+    def load(self, descriptor, coordinates, tile):
         with _changed:
-            self.bytes -= count
+            self.under_way.append((descriptor, coordinates, tile))
+            _changed.notify_all()
+
+    def _receive(self):
+        while self.under_way:
+            descriptor, coordinates, tile = self.under_way.pop(0)
+            values, here = descriptor.inside(coordinates)
+            tile.values.zero_()
+            tile.values[here] = values.to(tile.dtype)
+            self.bytes -= descriptor.block_type.nbytes
             self._complete()
 
-    def arrive(self):
+    def arrive(self, count=1):
         with _changed:
-            self.missing -= 1
+            self.missing -= count
             assert self.missing >= 0, "nobody arrives twice"
             self._complete()
 
@@ -307,8 +337,12 @@ class Barrier:
             _changed.notify_all()
 
     def wait(self, parity):
+        def is_over():
+            self._receive()
+            return self.phase % 2 != int(parity) or _failures
+
         with _changed:
-            if not _changed.wait_for(lambda: self.phase % 2 != int(parity) or _failures, PATIENCE):
+            if not _changed.wait_for(is_over, PATIENCE):
                 raise TimeoutError("a role waits for ever")
             if _failures:
                 raise threading.BrokenBarrierError("another role failed")
@@ -330,12 +364,22 @@ class Product:
 
     def __init__(self, a, b, start, use_acc=True, is_async=False):
         assert is_async
-        self.a, self.b, self.start, self.found = a, b, start if use_acc else torch.zeros_like(start), None
+        self.operands, self.start, self.found = (a, b), start if use_acc else torch.zeros_like(start), None
+        self.before = [each.clone() for each in self._values()]
         _role.products.append(self)
 
+    def _values(self):
+        return [each.values if isinstance(each, Memory) else each for each in self.operands]
+
     def finish(self):
-        a, b = (each.values if isinstance(each, Memory) else each for each in (self.a, self.b))
+        a, b = self._values()
         self.found = self.start + (a @ b).as_subclass(Registers)
+        if not all(map(_same, self.before, (a, b))):
+            self.found.fill_(math.nan)
+
+
+def _same(a, b):
+    return torch.equal(a.nan_to_num(nan=1e300), b.nan_to_num(nan=1e300))
 
 
 def wait_for_products(number, deps):
@@ -347,10 +391,7 @@ def wait_for_products(number, deps):
 
 
 def copy_in(descriptor, coordinates, barrier, tile):
-    values, here = descriptor.inside(coordinates)
-    tile.values.zero_()
-    tile.values[here] = values.to(tile.dtype)
-    barrier.receive(descriptor.block_type.nbytes)
+    barrier.load(descriptor, coordinates, tile)
 
 
 def copy_out(descriptor, coordinates, tile):
@@ -365,7 +406,7 @@ def wait_for_stores(number):
     assert number == 0
     for descriptor, coordinates, tile, adds in _role.stores:
         there, here = descriptor.inside(coordinates)
-        values = tile.memory.held.view(descriptor.block_type.shape)[here].to(there.dtype)
+        values = tile.values.reshape(descriptor.block_type.shape)[here].to(there.dtype)
         with _changed:
             assert not adds or there.numel() == values.numel() == tile.numel, "sums lie inside"
             there.copy_(there + values if adds else values)
@@ -413,7 +454,7 @@ def run_programs(start, count):
 
 def _allocate(dtype, shape, layout):
     if layout == "barriers":
-        return Barriers(Barrier() for _ in range(shape[0]))
+        return Barriers(Barrier() for _ in range(shape[0])) if len(shape) > 1 else Barrier()
     if dtype == torch.int8:
         return Bytes(shape)
     dtype = torch.int32 if dtype == torch.int32 else torch.float64
@@ -437,7 +478,7 @@ _LANGUAGE = SimpleNamespace(
     convert_layout=lambda values, _layout: values,
 )  # fmt: skip
 HOPPER = dict(
-    gl=_LANGUAGE, view_as=View, copy_in=copy_in, copy_out=copy_out, reduce_out=reduce_out, warpgroup_mma=Product,
+    gl=_LANGUAGE, view_as=view_as, copy_in=copy_in, copy_out=copy_out, reduce_out=reduce_out, warpgroup_mma=Product,
     warpgroup_mma_wait=wait_for_products, fence_async_shared=lambda: None, anew=lambda index: index,
     spread=lambda of_query, zeros: of_query[None, :] + zeros, tma=SimpleNamespace(store_wait=wait_for_stores),
     mbarrier=SimpleNamespace(

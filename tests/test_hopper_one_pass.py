@@ -1,5 +1,6 @@
-"""The Hopper backward in one pass, without a GPU: which tiles its programs take, where the sums of dQ lie, and the whole
-kernel, role by role, against autograd. See `gluon_on_cpu.py`.
+"""The Hopper backward in one pass, without a GPU: which tiles its programs take, and where the sums of dQ lie.
+
+`test_hopper_gradients.py` has the whole kernel.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gluon_on_cpu import HOPPER, INTEGERS, Numbers, arguments_on_cpu, cdiv, plain, run_programs
+from gluon_on_cpu import INTEGERS, Numbers, cdiv, plain
 
 from regard import AttentionConfig, AttentionInputs
 from regard.backends import hopper
@@ -63,6 +64,12 @@ class Taken:
         self.copies.append(tuple(place))
 
 
+class Told(list):
+    """A ring that notes of what the consumers are told."""
+
+    publish = list.append
+
+
 def schedule(called, programs, **pointers):
     """What programs that take turns load: their records; of every one its keys' places, and the blocks of queries
     (sequence, head, block) that come with them.
@@ -85,17 +92,18 @@ def schedule(called, programs, **pointers):
     block_m = hopper_tuning.backward_block_m(called.head_dim, called.head_dim_v)
     absent = dict.fromkeys(("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr", "k_desc", "v_desc", "records"))
     for number in range(programs):
-        found.append(SimpleNamespace(records=[], blocks=[], keys=Taken(), values=Taken()))
+        found.append(SimpleNamespace(records=[], blocks=[], keys=Taken(), values=Taken(), told=Told()))
         language = SimpleNamespace(**vars(INTEGERS), program_id=lambda _axis, number=number: number, load=Numbers.load)
         load_tiles = plain(
             kernels.load_tiles, gl=language, write_record=write_record, load_block=load_block,
             claim_tile=lambda _counter: next(index), leave_counters=lambda _counter: None,
+            clear_loaded=lambda _ring, _step, _valid: None,
         )  # fmt: skip
         call = SimpleNamespace(
             **{**absent, **pointers}, batch=called.batch, heads=called.heads_q, heads_kv=called.heads_kv,
             seqlen_q=called.seqlen_q, seqlen_k=called.seqlen_k, total_q=called.total_q, total_k=called.total_k,
             section=3, counter_ptr=None, window_left=left, right_reach=None if right is None else right + 1,
-            BLOCK_M=block_m, keys=found[-1].keys, values=found[-1].values,
+            BLOCK_M=block_m, keys=found[-1].keys, values=found[-1].values, terms=found[-1].told, queries=None, grads=None,
         )  # fmt: skip
         load_tiles(call)
     return found
@@ -109,6 +117,7 @@ def check_schedule(called, taken, tiles):
         *records, last = program.records
         assert last.EXISTS == 0 and not hasattr(last, "HEAD_K"), "and then there are no more"
         assert program.keys.copies == program.values.copies
+        assert program.told == list(range(len(program.blocks)))
         copies, blocks = iter(program.keys.copies), iter(program.blocks)
         for tile in records:
             assert tile.EXISTS == 1
@@ -273,144 +282,3 @@ def test_finishing_undoes_the_order_of_the_sums(head_dims, packed):
     given = AttentionInputs(dq, dq, dq, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
     hopper.finish_launch(called, given, sums.to(DEVICE), dq).run(dq.device)
     assert torch.equal(dq.view(truth.shape).cpu(), truth * 0.375)
-
-
-# --- The whole kernel
-
-
-def sequences_of(called, given):
-    """Of every sequence: its queries, keys and values, as what indexes them in `given`'s tensors."""
-    for sequence in range(called.batch):
-        if called.varlen:
-            queries, keys = (slice(*starts[sequence : sequence + 2].tolist())
-                             for starts in (given.cu_seqlens_q, given.cu_seqlens_k))  # fmt: skip
-            yield sequence, (queries,), (keys,)
-        else:
-            length = called.seqlen_k if given.kv_lens is None else int(given.kv_lens[sequence])
-            yield sequence, (sequence,), (sequence, slice(min(length, called.seqlen_k)))
-
-
-def attention(called, given):
-    """Output and lse, (total_q, Hq, ...) or (B, Sq, Hq, ...), from the definition, in float64."""
-    out = torch.zeros(*given.q.shape[:-1], called.head_dim_v, dtype=torch.float64)
-    lse = torch.full(given.q.shape[:-1], -math.inf, dtype=torch.float64)
-    left, right = called.band
-    group = called.heads_q // called.heads_kv
-    for sequence, queries, keys in sequences_of(called, given):
-        q, k, v = (each.double() for each in (given.q[queries], given.k[keys], given.v[keys]))
-        if len(q) == 0 or len(k) == 0:
-            continue
-        s = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * called.softmax_scale
-        ahead = torch.arange(len(k))[None, :] - torch.arange(len(q))[:, None] - (len(k) - len(q))
-        if given.alibi_slopes is not None:
-            slopes = given.alibi_slopes.double().expand(called.batch, -1)[sequence]
-            s = s - slopes[:, None, None] * ahead.abs()
-        visible = torch.ones_like(ahead, dtype=torch.bool)
-        if left is not None:
-            visible &= ahead >= -left
-        if right is not None:
-            visible &= ahead <= right
-        s = s.masked_fill(~visible, -1e30)
-        p = torch.where(visible, s.softmax(2), 0.0)
-        out[queries] = torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(group, 1))
-        lse[queries] = torch.where(visible.any(1), s.logsumexp(2), -math.inf).T
-    return out, lse
-
-
-def heads_first(rows):
-    """(B, Sq, Hq) or (total_q, Hq) with the heads before the rows, in fp32."""
-    return rows.detach().transpose(-1, -2).float().contiguous()
-
-
-def gradients_on_cpu(called, given, multiprocessors):
-    """dQ, dK and dV as the kernels find them, and as autograd does."""
-    leaves = [given.q.double(), given.k.double(), given.v.double()]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    out, lse = attention(called, given._replace(q=leaves[0], k=leaves[1], v=leaves[2]))
-    generator = torch.Generator().manual_seed(1)
-    grad_out, grad_lse = (torch.randn(each.shape, generator=generator) for each in (out, lse))
-    seen = lse.isfinite()
-    expected = torch.autograd.grad((out * grad_out).sum() + (lse[seen] * grad_lse[seen]).sum(), leaves)
-    row_lse = heads_first(torch.where(seen, lse / math.log(2), math.inf))
-    delta = heads_first((out * grad_out).sum(-1) - torch.where(seen, grad_lse, 0.0))
-
-    sums, counter = torch.zeros(hopper.query_sums_shape(called)), torch.zeros(2, dtype=torch.int32)
-    dk, dv = (torch.full(each.shape, math.nan) for each in (given.k, given.v))
-    launch = hopper.backward_launch(
-        called, given, grad_out, row_lse, delta, sums, dk, dv, counter, multiprocessors
-    )  # fmt: skip
-    start, arguments = plain(launch.kernel, **HOPPER), arguments_on_cpu(launch)
-    run_programs(lambda: start(**arguments), launch.programs)
-    assert not counter.any(), "as the next launch needs them"
-    dq = torch.full(given.q.shape, math.nan, device=DEVICE)
-    on_device = given._replace(
-        **{name: value.to(DEVICE) for name, value in given._asdict().items() if value is not None}
-    )
-    hopper.finish_launch(called, on_device, sums.to(DEVICE), dq).run(dq.device)
-    return (dq.cpu(), dk, dv), expected
-
-
-def random_inputs(called, **lengths):
-    generator = torch.Generator().manual_seed(0)
-    rows_q, rows_k = (
-        ((called.total_q,), (called.total_k,)) if called.varlen else ((2, called.seqlen_q), (2, called.seqlen_k))
-    )
-    shapes = (*rows_q, called.heads_q, called.head_dim), (*rows_k, called.heads_kv, called.head_dim), \
-             (*rows_k, called.heads_kv, called.head_dim_v)  # fmt: skip
-    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
-    slopes = torch.rand(called.heads_q, generator=generator) / 8 if called.alibi else None
-    return AttentionInputs(q, k, v, alibi_slopes=slopes, **lengths)
-
-
-CALLS = {
-    "plain": config(),
-    "causal": config(128, causal=True, seqlen_q=150, seqlen_k=300),
-    "window and ALiBi": config(96, window=(70, 9), alibi=True),
-    "wide values": config(64, 128, window=(None, 20), seqlen_q=100),
-    "narrow values": config(128, 32, window=(20, None), seqlen_q=70, heads_q=2),
-    "one query, one key": config(40, seqlen_q=1, seqlen_k=1),
-}
-
-
-def check_gradients(called, given, multiprocessors):
-    found, expected = gradients_on_cpu(called, given, multiprocessors)
-    for name, mine, truth in zip(("dq", "dk", "dv"), found, expected, strict=True):
-        floor = 1e-5 * float(truth.abs().amax()) if truth.numel() else 0.0
-        assert torch.equal(mine.isnan(), truth.isnan()), name
-        assert not truth.numel() or (mine - truth).abs().max() <= floor, name
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_gradients(call):
-    check_gradients(CALLS[call], random_inputs(CALLS[call]), 3)
-
-
-@pytest.mark.parametrize("multiprocessors", [1, 132])
-def test_gradients_with_other_numbers_of_programs(multiprocessors):
-    called = config(causal=True, seqlen_q=130, seqlen_k=260)
-    check_gradients(called, random_inputs(called), multiprocessors)
-
-
-@pytest.mark.parametrize(
-    "head_dim, options", [(40, {}), (40, dict(window=(70, 30), alibi=True)), (128, dict(causal=True))]
-)
-def test_gradients_of_packed_sequences(head_dim, options):
-    lengths_q, lengths_k = (0, 100, 1, 170, 130), (3, 129, 128, 0, 200)
-    starts_q, starts_k = ([0, *itertools.accumulate(lengths)] for lengths in (lengths_q, lengths_k))
-    called = config(head_dim, batch=5, heads_q=2, heads_kv=1, seqlen_q=170, seqlen_k=200, varlen=True, total_q=starts_q[-1],
-                    total_k=starts_k[-1], **options)  # fmt: skip
-    offsets = {f"cu_seqlens_{name}": torch.tensor(starts, dtype=torch.int32)
-               for name, starts in (("q", starts_q), ("k", starts_k))}  # fmt: skip
-    check_gradients(called, random_inputs(called, **offsets), 3)
-
-
-@pytest.mark.parametrize("lengths", [(0, 130), (200, 5)])
-def test_gradients_with_keys_past_kv_lens(lengths):
-    """What lies there is not looked at: its gradient is 0."""
-    called = config(kv_lens=True, causal=True)
-    given = random_inputs(called, kv_lens=torch.tensor(lengths, dtype=torch.int32))
-    for sequence, length in enumerate(lengths):
-        given.k[sequence, length:] = math.nan
-        given.v[sequence, length:] = math.inf
-    check_gradients(called, given, 2)

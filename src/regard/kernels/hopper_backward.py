@@ -28,6 +28,7 @@ from regard.kernels.hopper_pipeline import (
     Ring,
     anew,
     claim_tile,
+    clear_loaded,
     clear_rows,
     copy_out,
     leave_counters,
@@ -182,9 +183,13 @@ def load_tiles(call):
                     if opens:
                         call.keys.copy(filled, call.k_desc, key_place)
                     load_block(call, step, plane, head_k * group + member, block, start_q, length_q, rows)
+                    if call.cu_seqlens_q_ptr is None:
+                        call.terms.publish(step)
                     if opens:
                         call.values.copy(filled, call.v_desc, key_place)
                         filled += 1
+                    if call.cu_seqlens_q_ptr is not None:
+                        publish_cut_block(call, step, length_q - block * call.BLOCK_M)
                     step += 1
         index = claim_tile(call.counter_ptr)
     write_record(call.records, tile, (0, 0))
@@ -193,7 +198,7 @@ def load_tiles(call):
 
 @gluon.jit
 def load_block(call, step, plane, head, block, start_q, length_q, rows):
-    """Producer: queries, output gradients and row terms of one block."""
+    """Producer: queries, output gradients and row terms of one block. Of its terms the consumers are not told yet."""
     row = gl.arange(0, call.BLOCK_M, layout=gl.BlockedLayout([call.BLOCK_M // 32], [32], [1], [0]))
     first = block * call.BLOCK_M
     place = [plane, head, start_q + first, 0]
@@ -205,6 +210,17 @@ def load_block(call, step, plane, head, block, start_q, length_q, rows):
     delta = gl.load(call.delta_ptr + at, mask=exists, other=0.0)
     call.terms.tile(step).slice(0, call.BLOCK_M).store(-row_lse / (call.scale * LOG2_E))
     call.terms.tile(step).slice(call.BLOCK_M, call.BLOCK_M).store(-delta)
+
+
+@gluon.jit
+def publish_cut_block(call, step, valid):
+    """Producer: say that a block of packed queries is there, which the consumers hear from its row terms.
+
+    The last block of a sequence has rows of the next one, whose P and dS are 0: they must not be NaN.
+    """
+    if valid < call.BLOCK_M:
+        clear_loaded(call.queries, step, valid)
+        clear_loaded(call.grads, step, valid)
     call.terms.publish(step)
 
 

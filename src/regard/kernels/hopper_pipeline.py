@@ -228,6 +228,30 @@ def clear_rows(rows, valid):
 
 
 @gluon.jit
+def clear_loaded(ring, step, valid):
+    """Producer: the same for a stage that TMA fills, once it is full; its columns are a multiple of 64.
+
+    One warp does so by 8 rows of 64 columns. A tile lies in panels of 64 columns, one after the other, and swizzling
+    moves nothing from row to row. That the tile is full tells the consumers too little: they must wait for something
+    that is published after this.
+    """
+    tile = ring.tile(step)
+    COLUMNS: gl.constexpr = tile.shape[tile.rank - 1]
+    CHUNKS: gl.constexpr = tile.numel // COLUMNS // 8
+    plain_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    chunks = view_as(tile, tile.dtype, [tile.numel // (8 * 64), 8, 64], plain_layout)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    row = gl.arange(0, 8, layout=gl.SliceLayout(1, layout))
+    ring.wait(step)
+    for chunk in range(valid // 8, CHUNKS):
+        for panel in gl.static_range(COLUMNS // 64):
+            some = chunks.index(panel * CHUNKS + chunk)
+            kept = some.load(layout)
+            some.store(gl.where((row < valid - chunk * 8)[:, None], kept, gl.zeros_like(kept)))
+    fence_async_shared()
+
+
+@gluon.jit
 def transposed(ring, step):
     """The step's tile of a ring as (columns, rows)."""
     return matrix(ring.tile(step)).permute((1, 0))

@@ -25,6 +25,7 @@ from regard.kernels.hopper_pipeline import (
     SIZES,
     Ring,
     anew,
+    clear_loaded,
     clear_rows,
     copy_in,
     copy_out,
@@ -162,11 +163,23 @@ def load_queries(call, tensors):
             place = [call.plane, head, call.start_q + first, 0]
             tensors.queries.copy(step, tensors.q_desc, place)
             tensors.row_lses.tile(step).store(row_lse)
+            clear_next_sequence(call, tensors.queries, step, first)
             tensors.row_lses.publish(step)
             tensors.grads.copy(step, tensors.grad_out_desc, place)
             tensors.deltas.tile(step).store(delta)
+            clear_next_sequence(call, tensors.grads, step, first)
             tensors.deltas.publish(step)
             step += 1
+
+
+@gluon.jit
+def clear_next_sequence(call, ring, step, first):
+    """Producer of pass one: the last block of packed queries has rows of the next sequence, whose P and dS are 0: they
+    must not be NaN. The consumers hear of it from the row terms.
+    """
+    if call.VARLEN:
+        if first + ring.tile(step).shape[2] > call.length_q:
+            clear_loaded(ring, step, call.length_q - first)
 
 
 @gluon.jit
@@ -196,6 +209,8 @@ def value_gradient(call, tensors):
             slope = gl.load(call.alibi_ptr + call.sequence * call.heads + call.head * group + member)
         for block in range(call.low, call.high):
             tensors.queries.wait(step)
+            if call.VARLEN:
+                tensors.row_lses.wait(step)
             s = warpgroup_mma(k, transposed(tensors.queries, step), zeros, use_acc=False, is_async=True)
             tensors.row_lses.wait(step)
             lse = tensors.row_lses.tile(step).load(of_queries)
@@ -209,6 +224,8 @@ def value_gradient(call, tensors):
             tensors.weights.tile(step).store((p * bend).to(dtype))
             tensors.weights.publish(step)
             tensors.grads.wait(step)
+            if call.VARLEN:
+                tensors.deltas.wait(step)
             p = gl.convert_layout(p.to(dtype), p_layout)
             dv = warpgroup_mma(p, matrix(tensors.grads.tile(step)), dv, is_async=True)
             dv = warpgroup_mma_wait(0, deps=(dv,))
@@ -237,6 +254,8 @@ def key_gradient(call, tensors):
         clear_rows(v, call.length_k - call.first)
     for step in range(group * (call.high - call.low)):
         tensors.grads.wait(step)
+        if call.VARLEN:
+            tensors.deltas.wait(step)
         dp = warpgroup_mma(v, transposed(tensors.grads, step), zeros, use_acc=False, is_async=True)
         tensors.deltas.wait(step)
         delta = tensors.deltas.tile(step).load(of_queries)

@@ -1,0 +1,204 @@
+"""The Hopper backwards, whole, without a GPU: their kernels, role by role, against autograd. See `gluon_on_cpu.py`."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gluon_on_cpu import HOPPER, arguments_on_cpu, plain, run_programs
+
+from regard import AttentionConfig, AttentionInputs
+from regard.backends import hopper
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONFIG = AttentionConfig(
+    batch=2, seqlen_q=300, seqlen_k=200, heads_q=4, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda",
+    arch="sm90", requires_grad=True,
+)  # fmt: skip
+
+
+def config(head_dim=64, head_dim_v=None, **options):
+    return dataclasses.replace(CONFIG, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, **options)
+
+
+def sequences_of(called, given):
+    """Of every sequence: its queries, keys and values, as what indexes them in `given`'s tensors."""
+    for sequence in range(called.batch):
+        if called.varlen:
+            queries, keys = (slice(*starts[sequence : sequence + 2].tolist())
+                             for starts in (given.cu_seqlens_q, given.cu_seqlens_k))  # fmt: skip
+            yield sequence, (queries,), (keys,)
+        else:
+            length = called.seqlen_k if given.kv_lens is None else int(given.kv_lens[sequence])
+            yield sequence, (sequence,), (sequence, slice(min(length, called.seqlen_k)))
+
+
+def attention(called, given):
+    """Output and lse, (total_q, Hq, ...) or (B, Sq, Hq, ...), from the definition, in float64."""
+    out = torch.zeros(*given.q.shape[:-1], called.head_dim_v, dtype=torch.float64)
+    lse = torch.full(given.q.shape[:-1], -math.inf, dtype=torch.float64)
+    left, right = called.band
+    group = called.heads_q // called.heads_kv
+    for sequence, queries, keys in sequences_of(called, given):
+        q, k, v = (each.double() for each in (given.q[queries], given.k[keys], given.v[keys]))
+        if len(q) == 0 or len(k) == 0:
+            continue
+        s = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * called.softmax_scale
+        ahead = torch.arange(len(k))[None, :] - torch.arange(len(q))[:, None] - (len(k) - len(q))
+        if called.softcap:
+            s = called.softcap * torch.tanh(s / called.softcap)
+        if given.alibi_slopes is not None:
+            slopes = given.alibi_slopes.double().expand(called.batch, -1)[sequence]
+            s = s - slopes[:, None, None] * ahead.abs()
+        visible = torch.ones_like(ahead, dtype=torch.bool)
+        if left is not None:
+            visible &= ahead >= -left
+        if right is not None:
+            visible &= ahead <= right
+        s = s.masked_fill(~visible, -1e30)
+        p = torch.where(visible, s.softmax(2), 0.0)
+        out[queries] = torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(group, 1))
+        lse[queries] = torch.where(visible.any(1), s.logsumexp(2), -math.inf).T
+    return out, lse
+
+
+def heads_first(rows):
+    """(B, Sq, Hq) or (total_q, Hq) with the heads before the rows, in fp32."""
+    return rows.detach().transpose(-1, -2).float().contiguous()
+
+
+def run_on_cpu(launch):
+    start, arguments = plain(launch.kernel, **HOPPER), arguments_on_cpu(launch)
+    run_programs(lambda: start(**arguments), launch.programs)
+
+
+def gradients_on_cpu(called, given, multiprocessors=3, spoilt=slice(0)):
+    """dQ, dK and dV as the kernels find them, and as autograd does. The gradient of the output is inf in the rows
+    ``spoilt``.
+    """
+    leaves = [given.q.double(), given.k.double(), given.v.double()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out, lse = attention(called, given._replace(q=leaves[0], k=leaves[1], v=leaves[2]))
+    generator = torch.Generator().manual_seed(1)
+    grad_out, grad_lse = (torch.randn(each.shape, generator=generator) for each in (out, lse))
+    grad_out[spoilt] = math.inf
+    seen = lse.isfinite()
+    expected = torch.autograd.grad((out * grad_out).sum() + (lse[seen] * grad_lse[seen]).sum(), leaves)
+    row_lse = heads_first(torch.where(seen, lse / math.log(2), math.inf))
+    delta = heads_first((out * grad_out).sum(-1) - torch.where(seen, grad_lse, 0.0))
+
+    dq, dk, dv = (torch.full(each.shape, math.nan) for each in given[:3])
+    if hopper._needs_two_passes(called):
+        gradients = given._replace(q=dq, k=dk, v=dv)
+        for launch in hopper.two_pass_launches(called, given, grad_out, row_lse, delta, gradients):
+            run_on_cpu(launch)
+        return (dq, dk, dv), expected
+    sums, counter = torch.zeros(hopper.query_sums_shape(called)), torch.zeros(2, dtype=torch.int32)
+    run_on_cpu(hopper.backward_launch(called, given, grad_out, row_lse, delta, sums, dk, dv, counter, multiprocessors))
+    assert not counter.any(), "as the next launch needs them"
+    dq = dq.to(DEVICE)
+    on_device = given._replace(
+        **{name: value.to(DEVICE) for name, value in given._asdict().items() if value is not None}
+    )
+    hopper.finish_launch(called, on_device, sums.to(DEVICE), dq).run(dq.device)
+    return (dq.cpu(), dk, dv), expected
+
+
+def random_inputs(called, **lengths):
+    generator = torch.Generator().manual_seed(0)
+    rows_q, rows_k = (
+        ((called.total_q,), (called.total_k,)) if called.varlen else ((2, called.seqlen_q), (2, called.seqlen_k))
+    )
+    shapes = (*rows_q, called.heads_q, called.head_dim), (*rows_k, called.heads_kv, called.head_dim), \
+             (*rows_k, called.heads_kv, called.head_dim_v)  # fmt: skip
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    slopes = torch.rand(called.heads_q, generator=generator) / 8 if called.alibi else None
+    return AttentionInputs(q, k, v, alibi_slopes=slopes, **lengths)
+
+
+CALLS = {
+    "plain": config(),
+    "causal": config(128, causal=True, seqlen_q=150, seqlen_k=300),
+    "window and ALiBi": config(96, window=(70, 9), alibi=True),
+    "wide values": config(64, 128, window=(None, 20), seqlen_q=100),
+    "narrow values": config(128, 32, window=(20, None), seqlen_q=70, heads_q=2),
+    "one query, one key": config(40, seqlen_q=1, seqlen_k=1),
+    "two passes": config(128, deterministic=True),
+    "two passes, causal": config(256, causal=True, seqlen_q=150, heads_q=2),
+    "two passes, softcap, window and ALiBi": config(96, softcap=2.0, window=(70, 9), alibi=True),
+    "two passes, wide values": config(64, 192, window=(None, 20), seqlen_q=100),
+    "two passes, one query, one key": config(136, seqlen_q=1, seqlen_k=1),
+}
+ONE_AND_TWO_PASSES = pytest.mark.parametrize("deterministic", [False, True], ids=["one pass", "two passes"])
+
+
+def check_gradients(found, expected, rows_q=slice(None), rows_k=slice(None)):
+    for name, mine, truth, rows in zip(("dq", "dk", "dv"), found, expected, (rows_q, rows_k, rows_k), strict=True):
+        mine, truth = mine[rows], truth[rows]
+        floor = 1e-5 * float(truth.abs().amax()) if truth.numel() else 0.0
+        assert torch.equal(mine.isnan(), truth.isnan()), name
+        assert not truth.numel() or (mine - truth).abs().max() <= floor, name
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_gradients(call):
+    check_gradients(*gradients_on_cpu(CALLS[call], random_inputs(CALLS[call])))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_gradients_with_other_numbers_of_programs(multiprocessors):
+    called = config(causal=True, seqlen_q=130, seqlen_k=260)
+    check_gradients(*gradients_on_cpu(called, random_inputs(called), multiprocessors))
+
+
+def packed_call(lengths_q, lengths_k, head_dim, **options):
+    """A call with packed sequences, and its inputs."""
+    starts_q, starts_k = ([0, *itertools.accumulate(lengths)] for lengths in (lengths_q, lengths_k))
+    called = config(head_dim, batch=len(lengths_q), heads_q=2, heads_kv=1, seqlen_q=max(lengths_q),
+                    seqlen_k=max(lengths_k), varlen=True, total_q=starts_q[-1], total_k=starts_k[-1],
+                    **options)  # fmt: skip
+    offsets = {f"cu_seqlens_{name}": torch.tensor(starts, dtype=torch.int32)
+               for name, starts in (("q", starts_q), ("k", starts_k))}  # fmt: skip
+    return called, random_inputs(called, **offsets)
+
+
+PACKED = [
+    (40, {}), (40, dict(window=(70, 30), alibi=True)), (128, dict(causal=True)),
+    (128, dict(deterministic=True, window=(70, 30), alibi=True)), (192, dict(causal=True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim, options", PACKED)
+def test_gradients_of_packed_sequences(head_dim, options):
+    check_gradients(*gradients_on_cpu(*packed_call((0, 100, 1, 170, 130), (3, 129, 128, 0, 200), head_dim, **options)))
+
+
+@pytest.mark.parametrize("head_dim, options", PACKED)
+def test_packed_sequences_do_not_meet(head_dim, options):
+    """What one holds, were it not a number, does not reach the others' gradients, though tiles reach into it."""
+    called, given = packed_call((100, 75, 130), (129, 60, 200), head_dim, **options)
+    rows_q, rows_k = slice(100, 175), slice(129, 189)
+    given.q[rows_q] = given.v[rows_k] = math.nan
+    given.k[rows_k] = math.inf
+    found, expected = gradients_on_cpu(called, given, spoilt=rows_q)
+    assert found[0][rows_q].isnan().any(), "it reaches its own"
+    for q, k in ((slice(100), slice(129)), (slice(175, None), slice(189, None))):
+        assert not any(each.isnan().any() for each in (expected[0][q], expected[1][k], expected[2][k]))
+        check_gradients(found, expected, q, k)
+
+
+@ONE_AND_TWO_PASSES
+@pytest.mark.parametrize("lengths", [(0, 130), (200, 5)])
+def test_gradients_with_keys_past_kv_lens(lengths, deterministic):
+    """What lies there is not looked at: its gradient is 0."""
+    called = config(kv_lens=True, causal=True, deterministic=deterministic)
+    given = random_inputs(called, kv_lens=torch.tensor(lengths, dtype=torch.int32))
+    for sequence, length in enumerate(lengths):
+        given.k[sequence, length:] = math.nan
+        given.v[sequence, length:] = math.inf
+    check_gradients(*gradients_on_cpu(called, given))
