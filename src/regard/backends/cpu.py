@@ -87,7 +87,8 @@ class CpuBackend:
         grad_lse: Tensor | None,
     ) -> Gradients:
         assert lse is not None
-        if grad_lse is None and not config.deterministic and fused.unmasked_call(config) is not None:
+        plain = grad_lse is None and not config.deterministic and not fused.is_widened(config)
+        if plain and fused.unmasked_call(config) is not None:
             return _differentiate_fused(config, inputs, out, lse, grad_out)
         found = {
             name: torch.zeros(tensor.shape, dtype=_accumulator(inputs.q.dtype))
@@ -300,8 +301,7 @@ def _nothing_visible(piece: _Piece, rows: int) -> tuple[Tensor, Tensor]:
 def _attend_fused(piece: _Piece) -> tuple[Tensor, Tensor]:
     """Attention without softcap and dropout, by torch's fused kernel."""
     config = piece.config
-    if piece.q.dtype == torch.float16 or (piece.q.dtype == torch.bfloat16 and fused.needs_exact_lse(config)):
-        # In half precision its exponentials are coarse: good enough for out but not for lse. And float16 is slow.
+    if fused.is_widened(config):
         piece = replace(piece, q=piece.q.float(), k=piece.k.float(), v=piece.v.float())
     q, k = piece.q, piece.k
     left, right = config.band

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,16 @@ Raises FloatingPointError where the kernel is not to be trusted with NaN.
 
 
 def needs_exact_lse(config: AttentionConfig) -> bool:
-    """In half precision the kernel's exponentials are coarse: good enough for out but not for lse."""
+    """Whether lse is looked at."""
     return config.return_lse or config.requires_grad or config.sinks
+
+
+def is_widened(config: AttentionConfig) -> bool:
+    """Whether the kernel is given float32 for a call in half precision.
+
+    Its exponentials are coarse there, good enough for out but not for lse, and its float16 is slow.
+    """
+    return config.dtype == torch.float16 or (config.dtype == torch.bfloat16 and needs_exact_lse(config))
 
 
 def one_call(config: AttentionConfig) -> Call | None:
@@ -64,7 +73,7 @@ def unmasked_call(config: AttentionConfig) -> Call | None:
 
 def _masked_call(config: AttentionConfig) -> Call | None:
     """With a mask, or causal with more keys than queries or fewer, in one block."""
-    rows, keys, dtype = config.seqlen_q, config.seqlen_k, config.dtype
+    rows, keys, dtype = config.seqlen_q, config.seqlen_k, torch.float32 if is_widened(config) else config.dtype
     if rows > FULL_SPEED_ROWS or rows * keys > _PAIRS_KEPT or not _suits(config):
         return None
     form, causal, exact = _form(config), config.causal and rows > 1, needs_exact_lse(config)
@@ -84,8 +93,6 @@ def _suits(config: AttentionConfig) -> bool:
     strides = config.q_strides, config.k_strides, config.v_strides
     return (
         {"causal", "mask", "lse", "grad", "deterministic"}.issuperset(config.features())
-        and config.dtype != torch.float16
-        and not (config.dtype == torch.bfloat16 and needs_exact_lse(config))
         and config.head_dim == config.head_dim_v
         and all(each is not None and each[3] == 1 for each in strides)
         and not config.is_empty
@@ -94,11 +101,20 @@ def _suits(config: AttentionConfig) -> bool:
 
 
 def _form(config: AttentionConfig) -> Call:
-    """The kernel for the sizes of a call, given its scale where that is not torch's default."""
+    """The kernel for the sizes and the dtype of a call, given its scale where that is not torch's default."""
     keys = config.batch, config.heads_kv, config.seqlen_k, config.head_dim
-    form = fastest_for_a_row(config.dtype, config.heads_q, keys) if config.seqlen_q == 1 else kernel
-    scale = config.softmax_scale
-    return form if scale == config.head_dim**-0.5 else functools.partial(form, scale=scale)
+    widened, dtype, scale = is_widened(config), config.dtype, config.softmax_scale
+    form: Call = kernel
+    if config.seqlen_q == 1:
+        form = fastest_for_a_row(torch.float32 if widened else dtype, config.heads_q, keys)
+    if scale != config.head_dim**-0.5:
+        form = functools.partial(form, scale=scale)
+
+    def widen(q: Tensor, k: Tensor, v: Tensor, **said: Any) -> tuple[Tensor, Tensor]:
+        out, lse = form(q.float(), k.float(), v.float(), **said)
+        return out.to(dtype), lse
+
+    return widen if widened else form
 
 
 def checked_lse(lse: Tensor, additive: Tensor, *, exact: bool) -> Tensor:
