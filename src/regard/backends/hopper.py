@@ -38,7 +38,8 @@ _LEAST_TWO_PASS_HEAD_DIM = 64  # up to here, flash's two passes are faster
 _TMA_BYTES = 16  # granularity of the addresses and strides that TMA can follow
 _SUMS_ROW = 128  # values in a row of the sums of dQ, as TMA sees them
 _SECTION_BYTES = 4 * 2**20  # of keys and values (backward: queries) whose tiles take turns, where all are equally long
-_CAUSAL_SECTION_BYTES = 32 * 2**20  # where they are not: as many as an H200's L2 of 50 MB holds
+_CAUSAL_SECTION_BYTES = 16 * 2**20  # where they are not
+_CAUSAL_SECTION_HEADS = 4  # of the forward, at least
 
 _LEFT_TO_FLASH = "flash serves such calls: a tile of it for every key tile has no room beside the pipeline"
 
@@ -210,9 +211,10 @@ def forward_launch(
         sinks_ptr=_contiguous(inputs.sinks),
         heads=heads,
         group=heads // config.heads_kv,
-        section=_heads_in_turn(config, key_bytes) * (heads // config.heads_kv),
+        section=_heads_in_turn(config, key_bytes, _CAUSAL_SECTION_HEADS) * (heads // config.heads_kv),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        QUERY_STAGES=tile.query_stages,
         KEY_STAGES=tile.key_stages,
         VALUE_STAGES=tile.value_stages,
         PACK=pack,
@@ -233,14 +235,16 @@ def forward_launch(
     return Launch(attention_forward, min(multiprocessors, tiles), _wanted(attention_forward, arguments), options)
 
 
-def _heads_in_turn(config: AttentionConfig, head_bytes: int) -> int:
+def _heads_in_turn(config: AttentionConfig, head_bytes: int, least_causal: int) -> int:
     """Key/value heads whose tiles take turns, one block of each, before those of other heads come up.
 
-    Below a causal bound the longest tiles should come first, of as many heads as possible. Where all are equally long,
-    the tiles of a head run side by side: otherwise all programs ask memory for new heads at once, and then L2 alone.
+    Where all tiles are equally long, few: otherwise all programs ask memory for new heads at once, and then L2 alone.
+    Below a causal bound more, so that the programs come to an end together: the longest tiles of a section go first.
     """
     _, right = bounded_band(config)
-    return max(1, (_SECTION_BYTES if right is None else _CAUSAL_SECTION_BYTES) // max(head_bytes, 1))
+    if right is None:
+        return max(1, _SECTION_BYTES // max(head_bytes, 1))
+    return max(least_causal, _CAUSAL_SECTION_BYTES // max(head_bytes, 1))
 
 
 def query_sums_shape(config: AttentionConfig) -> tuple[int, int]:
@@ -309,7 +313,7 @@ def backward_launch(
         counter_ptr=counter,
         heads=config.heads_q,
         heads_kv=config.heads_kv,
-        section=_heads_in_turn(config, query_bytes),
+        section=_heads_in_turn(config, query_bytes, 1),
         HEAD_DIM=config.head_dim,
         BLOCK_M=block_m,
         STAGES=2,

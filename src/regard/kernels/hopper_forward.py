@@ -492,6 +492,7 @@ def attention_forward(
     HEAD_DIM_V: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    QUERY_STAGES: gl.constexpr,  # of each warpgroup
     KEY_STAGES: gl.constexpr,
     VALUE_STAGES: gl.constexpr,
     PACK: gl.constexpr,  # query heads of one key/value head that share a tile
@@ -504,7 +505,7 @@ def attention_forward(
     RESCALE_EARLY: gl.constexpr,  # the sums, beside the next scores' product and not after their own
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
-    queries = make_ring(stages_for(q_desc, WARPGROUPS), WARPGROUPS, 1, 1)
+    queries = make_ring(stages_for(q_desc, WARPGROUPS * QUERY_STAGES), WARPGROUPS * QUERY_STAGES, 1, 1)
     keys = make_ring(stages_for(k_desc, KEY_STAGES), KEY_STAGES, 1, WARPGROUPS)
     values = make_ring(stages_for(v_desc, VALUE_STAGES), VALUE_STAGES, 1, WARPGROUPS)
     record_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

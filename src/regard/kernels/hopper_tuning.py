@@ -11,6 +11,7 @@ ROWS = 64
 class HopperTile(NamedTuple):
     """A tile of the Gluon forward: 64 query rows a warpgroup, and a warp more that loads.
 
+    ``query_stages``: with two, the queries of a warpgroup's next tile are there before it has done with this one.
     ``share_q``: the output leaves through the queries' shared memory, where there is no room for both.
     ``take_turns``: the warpgroups start their products one after the other, so that one's softmax meets another's
     products (FlashAttention-3's ping-pong).
@@ -23,6 +24,7 @@ class HopperTile(NamedTuple):
     block_n: int
     key_stages: int
     value_stages: int
+    query_stages: int = 1
     share_q: bool = False
     take_turns: bool = False
     pass_early: bool = True
@@ -37,8 +39,9 @@ class HopperTile(NamedTuple):
 
 # Three warpgroups hide more of the softmax at head dim 64; two waste less at the diagonal of a short causal call, and
 # have the registers for softcap and ALiBi.
-_TWO_WARPGROUPS_64 = HopperTile(128, 128, 3, 3, one_loop=True)
-_SHORT = 2048
+_TWO_WARPGROUPS_64 = HopperTile(128, 128, 3, 3, query_stages=2, take_turns=True, one_loop=True)
+_SHORT_64 = 1024
+_SHORT_128 = 2048
 
 # padded head dim, the larger of D and Dv -> tile
 FORWARD = {
@@ -58,12 +61,12 @@ def forward_tile(head_dim: int, head_dim_v: int, causal: bool, seqlen_k: int, ra
         raw: whether scores need nothing but their scale (no softcap, no ALiBi).
     """
     entry = table_head_dim(max(head_dim, head_dim_v))
-    if entry == 64 and (not raw or (causal and seqlen_k <= _SHORT)):
+    if entry == 64 and (not raw or (causal and seqlen_k <= _SHORT_64)):
         return _TWO_WARPGROUPS_64
     tile = FORWARD[entry]
     return tile._replace(
         share_q=tile.share_q and padded_head_dim(head_dim) == padded_head_dim(head_dim_v),
-        rescale_early=tile.rescale_early and (entry != 128 or causal or seqlen_k > _SHORT),
+        rescale_early=tile.rescale_early and (entry != 128 or causal or seqlen_k > _SHORT_128),
     )
 
 
