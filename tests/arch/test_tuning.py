@@ -44,6 +44,7 @@ def test_tiles_are_what_a_kernel_can_be_launched_with(table, entry, rule):
     assert tile.block_m <= 256 and tile.block_n <= 256, "the launcher's bound on 32-bit offsets inside a tile"
     assert 1 <= tile.num_warps <= 16
     assert 0 <= tile.num_stages <= 5
+    assert tile.block_n % tile.row_sums == 0
 
 
 @pytest.mark.parametrize(

@@ -392,6 +392,7 @@ def _tile_arguments(config: AttentionConfig, tile: tuning.Tile, cut: bool) -> di
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         DIMS=tile.dims,
+        ROW_SUMS=tile.row_sums,
         BLOCK_D=tuning.padded_head_dim(config.head_dim),
         BLOCK_DV=tuning.padded_head_dim(config.head_dim_v),
         RAGGED=cut or bounded_band(config) != (None, None) or config.varlen or config.kv_lens,

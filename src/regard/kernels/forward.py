@@ -29,8 +29,9 @@ from regard.kernels.scores import (
 
 
 @triton.jit
-def first_softmax(sinks_ptr, head, BLOCK_M: tl.constexpr):
-    """State of the online softmax before any key: row maximum (log2 units) and row sum.
+def first_softmax(sinks_ptr, head, BLOCK_M: tl.constexpr, ROW_SUMS: tl.constexpr):
+    """State of the online softmax before any key: row maximum (log2 units) and row sum, (BLOCK_M,) or in parts
+    (BLOCK_M, ROW_SUMS).
 
     A sink is a key without a value: it starts the softmax off (Xiao et al. 2023, "attention sinks").
     """
@@ -40,12 +41,17 @@ def first_softmax(sinks_ptr, head, BLOCK_M: tl.constexpr):
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
         row_max = tl.full([BLOCK_M], 0.0, tl.float32) + sink
         row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
+    if ROW_SUMS > 1:
+        row_sum = tl.where((tl.arange(0, ROW_SUMS) == 0)[None, :], row_sum[:, None], 0.0)
     return row_max, row_sum
 
 
 @triton.jit
 def online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr, RAW: tl.constexpr):
-    """One step of the online softmax: new maximum (log2 units), the old state's decay, and this tile's weights."""
+    """One step of the online softmax: this tile's weights, the old state's decay, and the new state.
+
+    A row sum in parts takes of each part's columns, such as a thread holds: no step of it moves between threads.
+    """
     factor = scale * LOG2_E if RAW else LOG2_E
     new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     anchor = new_max
@@ -53,12 +59,20 @@ def online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr, RAW: t
         anchor = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
     weights = tl.exp2(scores * factor - anchor[:, None])
     decay = tl.exp2(row_max - anchor)
-    return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+    if len(row_sum.shape) == 2:
+        parts: tl.constexpr = row_sum.shape[1]
+        by_part = weights.reshape(weights.shape[0], weights.shape[1] // parts, parts)
+        row_sum = row_sum * decay[:, None] + tl.sum(by_part, 1)
+    else:
+        row_sum = row_sum * decay + tl.sum(weights, 1)
+    return weights, decay, new_max, row_sum
 
 
 @triton.jit
 def last_softmax(acc, row_max, row_sum):
     """Out and lse of the final state (algorithm 1, lines 12 and 13): 0 and -inf in rows that saw no key."""
+    if len(row_sum.shape) == 2:
+        row_sum = tl.sum(row_sum, 1)
     nothing_visible = row_sum == 0
     row_sum = tl.where(nothing_visible, 1.0, row_sum)
     out = acc / row_sum[:, None]
@@ -199,6 +213,7 @@ def attention_forward(
     WIDE: tl.constexpr,  # some stride is too large for 32-bit offsets inside a tile
     PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32x3" or "tf32"
     DIMS: tl.constexpr,  # head dims of Q K^T at once: Q with more is read part by part for every key tile
+    ROW_SUMS: tl.constexpr,  # parts that the sum of a row's weights is kept in, see `tuning.Tile`
 ):
     first_query, head, sequence = own_queries(seqlen_q, heads_q, window_right, BLOCK_M)
     start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, None, sequence, seqlen_q, total_q)
@@ -235,7 +250,7 @@ def attention_forward(
     # Q tile (BLOCK_M, BLOCK_D)
     q_base = head_base(q_ptr, q_strides, sequence, start_q + first_query, head)
     q = load_rows(q_base, q_strides, query_exists, BLOCK_M, HEAD_DIM, BLOCK_D, True, WIDE)
-    row_max, row_sum = first_softmax(sinks_ptr, head, BLOCK_M)
+    row_max, row_sum = first_softmax(sinks_ptr, head, BLOCK_M, ROW_SUMS)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     last_query = tl.minimum(first_query + BLOCK_M, length_q) - 1

@@ -32,6 +32,8 @@ class Tile(NamedTuple):
 
     dims: head dims of a product over the head dim that are multiplied at once. A tile with more of them is not held in
     registers while others stream past it, but read again, part by part, for each.
+    row_sums: parts that the forward keeps the sum of a row's weights in to the end. A thread has two columns in eight of
+    the accumulators of mma and wgmma: of eight parts two are its own, and nothing moves between threads before the end.
     """
 
     block_m: int
@@ -39,6 +41,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     dims: int = 256
+    row_sums: int = 1
 
 
 class Rule(NamedTuple):
@@ -60,20 +63,21 @@ class Rule(NamedTuple):
         )
 
 
-def _rules(*tile: int) -> tuple[Rule, ...]:
-    return (Rule(Tile(*tile)),)
+def _rules(*tile: int, **options: int) -> tuple[Rule, ...]:
+    return (Rule(Tile(*tile, **options)),)
 
 
 TileTable = dict[tuple[str, int, int], tuple[Rule, ...]]
 """(architecture, bytes per element, head dim) -> rules"""
 
 FORWARD: TileTable = {
-    # mma.sync: Triton lays the warps along the queries, without shared rows, only where BLOCK_M >= head dim.
-    ("sm80", 2, 64): _rules(128, 64, 4, 3),
-    ("sm80", 2, 128): _rules(128, 64, 8, 2),
+    # mma.sync: Triton lays the warps along the queries, without shared rows, only where BLOCK_M >= head dim. With shared
+    # rows, and in other layouts than mma's, row sums in parts take more registers and move between threads more often.
+    ("sm80", 2, 64): _rules(128, 64, 4, 3, row_sums=8),
+    ("sm80", 2, 128): _rules(128, 64, 8, 2, row_sums=8),
     ("sm80", 2, 256): _rules(64, 64, 8, 2),
-    ("sm89", 2, 64): _rules(128, 64, 8, 2),
-    ("sm89", 2, 128): _rules(128, 32, 8, 2),
+    ("sm89", 2, 64): _rules(128, 64, 8, 2, row_sums=8),
+    ("sm89", 2, 128): _rules(128, 32, 8, 2, row_sums=8),
     ("sm89", 2, 256): _rules(64, 64, 8, 1),
     # Measured on an H200: two or more small programs on a multiprocessor overlap one's softmax with the other's
     # products.
@@ -81,10 +85,10 @@ FORWARD: TileTable = {
     # some pairs of head dims (40 with 24); 32 queries a tile select the older matrix instruction, which does not.
     ("sm90", 2, 64): (
         Rule(Tile(32, 64, 4, 2), aligned=False),
-        Rule(Tile(128, 64, 8, 3), causal=True, min_seqlen_k=8192),
-        Rule(Tile(64, 64, 4, 3)),
+        Rule(Tile(128, 64, 8, 3, row_sums=8), causal=True, min_seqlen_k=8192),
+        Rule(Tile(64, 64, 4, 3, row_sums=8)),
     ),
-    ("sm90", 2, 128): (Rule(Tile(32, 64, 4, 2), aligned=False), Rule(Tile(64, 64, 4, 3))),
+    ("sm90", 2, 128): (Rule(Tile(32, 64, 4, 2), aligned=False), Rule(Tile(64, 64, 4, 3, row_sums=8))),
     ("sm90", 2, 256): (
         Rule(Tile(32, 32, 4, 2), aligned=False),
         Rule(Tile(128, 64, 8, 2), min_seqlen_k=1024),
@@ -93,8 +97,8 @@ FORWARD: TileTable = {
     ("sm100", 2, 64): _rules(128, 64, 8, 3),
     ("sm100", 2, 128): _rules(128, 64, 8, 2),
     ("sm100", 2, 256): _rules(128, 32, 8, 2),
-    ("sm120", 2, 64): _rules(128, 64, 8, 2),
-    ("sm120", 2, 128): _rules(128, 32, 8, 2),
+    ("sm120", 2, 64): _rules(128, 64, 8, 2, row_sums=8),
+    ("sm120", 2, 128): _rules(128, 32, 8, 2, row_sums=8),
     ("sm120", 2, 256): _rules(64, 64, 8, 1),
     ("gfx90a", 2, 64): _rules(128, 64, 4, 1),
     ("gfx90a", 2, 128): _rules(128, 64, 4, 1),
