@@ -32,8 +32,8 @@ class Tile(NamedTuple):
 
     dims: head dims of a product over the head dim that are multiplied at once. A tile with more of them is not held in
     registers while others stream past it, but read again, part by part, for each.
-    row_sums: parts that the forward keeps the sum of a row's weights in to the end. A thread has two columns in eight of
-    the accumulators of mma and wgmma: of eight parts two are its own, and nothing moves between threads before the end.
+    row_sums: parts that the forward keeps the sum of a row's weights in to the end. Of an accumulator of mma or wgmma a
+    thread has two columns in eight: two of eight parts are its own, and nothing moves between threads before the end.
     """
 
     block_m: int
@@ -72,8 +72,8 @@ TileTable = dict[tuple[str, int, int], tuple[Rule, ...]]
 
 FORWARD: TileTable = {
     # mma.sync: Triton lays the warps along the queries, without shared rows, only where BLOCK_M >= head dim. With shared
-    # rows, and in other layouts than mma's, row sums in parts take more registers and move between threads more often.
-    ("sm80", 2, 64): _rules(128, 64, 4, 3, row_sums=8),
+    # rows, and in layouts of other kinds, row sums in parts take more registers and more steps between threads.
+    ("sm80", 2, 64): _rules(128, 64, 4, 3),
     ("sm80", 2, 128): _rules(128, 64, 8, 2, row_sums=8),
     ("sm80", 2, 256): _rules(64, 64, 8, 2),
     ("sm89", 2, 64): _rules(128, 64, 8, 2, row_sums=8),
