@@ -373,7 +373,7 @@ def _additive_mask(piece: _Piece, rows: range, keys: range) -> Tensor | None:
     if added is None:
         if visible is None:
             return None
-        return torch.where(visible, fused.SEEN[piece.q.dtype], fused.HIDDEN[piece.q.dtype])
+        return torch.where(visible, *fused.seen_and_hidden(piece.q.dtype))
     if added.dtype != piece.q.dtype:
         added = added.to(_accumulator(piece.q.dtype))
     return added if visible is None else torch.where(visible, added, -_INF)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.config import FLOAT_DTYPES, AttentionConfig
+from regard.config import AttentionConfig
 
 FEWEST_KEYS = 16  # what a vector of the kernel holds: it takes fewer scores that are all NaN for a hidden row
 FULL_SPEED_ROWS = 256  # fewest rows for which it works at full speed
@@ -24,11 +24,6 @@ _INF = float("inf")
 
 kernel = torch._scaled_dot_product_flash_attention_for_cpu
 kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-SEEN, HIDDEN = (
-    {dtype: torch.tensor(added, dtype=dtype, device="cpu") for dtype in FLOAT_DTYPES} for added in (0.0, -_INF)
-)
-"""What is added to a score, by dtype."""
 
 Call = Callable[..., tuple[Tensor, Tensor]]
 """From q, k and v, and the mask of a call that has one, to out and lse.
@@ -79,9 +74,10 @@ def _masked_call(config: AttentionConfig) -> Call | None:
     form, causal, exact = _form(config), config.causal and rows > 1, needs_exact_lse(config)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        additive = _causal_mask(rows, keys, dtype) if causal else SEEN[dtype]
+        seen, hidden = seen_and_hidden(dtype)
+        additive = _causal_mask(rows, keys, dtype) if causal else seen
         if mask is not None:
-            additive = torch.where(mask, additive, HIDDEN[dtype])
+            additive = torch.where(mask, additive, hidden)
         out, lse = form(q, k, v, attn_mask=additive)
         return out, checked_lse(lse, additive, exact=exact)
 
@@ -129,6 +125,13 @@ def checked_lse(lse: Tensor, additive: Tensor, *, exact: bool) -> Tensor:
     if not exact or least > 0 or not (lse == 0).any():
         return lse
     return lse.masked_fill((additive.amax(-1) == -_INF).expand(lse.shape), -_INF)
+
+
+@functools.cache
+def seen_and_hidden(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What an additive mask holds."""
+    with torch.inference_mode(False):  # which what is kept must not come from
+        return torch.tensor(0.0, dtype=dtype, device="cpu"), torch.tensor(-_INF, dtype=dtype, device="cpu")
 
 
 @functools.lru_cache(maxsize=16)
