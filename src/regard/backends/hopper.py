@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.backends import tma
 from regard.backends.flash import (
     bounded_band,
     new_gradients,
@@ -26,7 +27,6 @@ from regard.backends.launch import (
     new_results,
     on_device,
 )
-from regard.backends.triton_launcher import with_tensor
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.kernels import hopper_tuning, tuning
@@ -35,7 +35,6 @@ from regard.registry import Gradients, Shortcut
 MAX_HEAD_DIM = 256
 _ONE_PASS_HEAD_DIM = 128  # beyond, the backward in one pass keeps too few keys in registers
 _LEAST_TWO_PASS_HEAD_DIM = 64  # up to here, flash's two passes are faster
-_TMA_BYTES = 16  # granularity of the addresses and strides that TMA can follow
 _SUMS_ROW = 128  # values in a row of the sums of dQ, as TMA sees them
 _SECTION_BYTES = 4 * 2**20  # of keys and values (backward: queries) whose tiles take turns, where all are equally long
 _CAUSAL_SECTION_BYTES = 16 * 2**20  # where they are not
@@ -90,7 +89,7 @@ class HopperBackend:
         out, lse = new_results(config, inputs)
         key = _forward_key(inputs)
         *_, looks = key
-        if not _suit_tma(looks[:3]):
+        if not tma.are_readable(looks[:3]):
             inputs = _all_readable_by_tma(inputs)
         with on_device(device):
             counter = _counter(device)
@@ -106,7 +105,7 @@ class HopperBackend:
 
     def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
         strides = (config.q_strides, config.k_strides, config.v_strides)
-        if any(each is None or not _strides_suit_tma(each, config.dtype.itemsize) for each in strides):
+        if any(each is None or not tma.strides_suit(each, config.dtype.itemsize) for each in strides):
             return None
         others = (None,) * (1 + len(_SHARED_TENSORS))
         return PlainCalls(
@@ -434,10 +433,7 @@ def _cut(config: AttentionConfig, block_n: int) -> bool:
 
 def _readable_by_tma(tensor: Tensor) -> Tensor:
     """The tensor itself where TMA can follow its strides, else a contiguous copy."""
-    aligned = tensor.is_meta or tensor.data_ptr() % _TMA_BYTES == 0
-    if aligned and _strides_suit_tma(tensor.stride(), tensor.element_size()):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if tma.is_readable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _all_readable_by_tma(inputs: AttentionInputs) -> AttentionInputs:
@@ -446,53 +442,31 @@ def _all_readable_by_tma(inputs: AttentionInputs) -> AttentionInputs:
     return inputs._replace(q=q, k=k, v=v)
 
 
-@functools.lru_cache(maxsize=1024)
-def _suit_tma(looks: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]) -> bool:
-    """Whether TMA can read all the tensors that look like this: see `appearance`."""
-    return all(aligned and _strides_suit_tma(strides, dtype.itemsize) for strides, dtype, aligned in looks)
-
-
-@functools.lru_cache(maxsize=1024)
-def _strides_suit_tma(strides: tuple[int, ...], size: int) -> bool:
-    *outer, last = strides
-    return last == 1 and all(stride > 0 and stride * size % _TMA_BYTES == 0 for stride in outer)
-
-
 def _query_descriptor(tensor: Tensor, pack: int, block_d: int) -> Any:
     """TMA descriptor of q or out as (B, Hq / pack, Sq, pack, D), for 64 rows at a time."""
-    batch, length, heads, head_dim = (batched := _batched(tensor)).shape
-    by_head = batched.view(batch, length, heads // pack, pack, head_dim).transpose(1, 2)
-    return _described(tensor, by_head, (1, 1, hopper_tuning.ROWS // pack, pack, block_d))
+    batch, heads, length, head_dim = (by_head := tma.by_head(tensor)).shape
+    packed = by_head.view(batch, heads // pack, pack, length, head_dim).transpose(2, 3)
+    return _described(tensor, packed, (1, 1, hopper_tuning.ROWS // pack, pack, block_d))
 
 
 def _descriptor(tensor: Tensor, rows: int, block_d: int) -> Any:
     """TMA descriptor of a tensor as (B, H, S, D), for so many rows at a time."""
-    return _described(tensor, _batched(tensor).transpose(1, 2), (1, 1, rows, block_d))
-
-
-def _batched(tensor: Tensor) -> Tensor:
-    """The tensor as (B, S, H, D): packed sequences are a batch of one."""
-    return tensor if tensor.ndim == 4 else tensor.unsqueeze(0)
+    return _described(tensor, tma.by_head(tensor), (1, 1, rows, block_d))
 
 
 def _described(tensor: Tensor, view: Tensor, block: tuple[int, ...], swizzled: bool = True) -> Any:
     """TMA descriptor of a tensor in the shape of a view of it."""
-    return with_tensor(_template(tuple(view.shape), view.stride(), block, tensor.dtype, swizzled), tensor)
+    return tma.descriptor(tensor, view, block, _layout(block, tensor.dtype, swizzled))
 
 
-@functools.lru_cache(maxsize=1024)
-def _template(
-    shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype, swizzled: bool
-) -> Any:
-    """A descriptor without its tensor: what takes time to make and check depends on shapes alone."""
+@functools.cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype, swizzled: bool) -> Any:
+    """How such a block lies in shared memory."""
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout(0, 8 * dtype.itemsize, len(block))
     if swizzled:
-        layout = gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
-    nowhere = torch.empty(0, dtype=dtype, device="meta")
-    return TensorDescriptor(nowhere, list(shape), list(strides), list(block), layout)
+        return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
+    return gl.NVMMASharedLayout(0, 8 * dtype.itemsize, len(block))
 
 
 @functools.cache
