@@ -21,6 +21,7 @@ from regard.kernels.scores import (
     pair_base,
     product_in_parts,
     row_offset,
+    rows_from,
     scaled_scores,
     sequence_bounds,
     softcap_slope,
@@ -180,7 +181,7 @@ def attend_queries(
         first_row = tl.cast(first_query, tl.int64)
 
         # Q and dO tiles: (BLOCK_M, BLOCK_D), (BLOCK_M, BLOCK_DV)
-        q_tile = q_base + first_row * q_strides[1]
+        q_tile = rows_from(q_base, q_strides, first_query)
         if max(BLOCK_D, BLOCK_DV) > DIMS:
             # Before the products: LLVM would keep all their operands across the branches of masked loads.
             row_lse, delta = load_row_terms(row_lse_base, delta_base, query, query_exists, MASKED)
@@ -192,7 +193,7 @@ def attend_queries(
             )  # fmt: skip
         else:
             qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        grad_tile = grad_out_base + first_row * grad_out_strides[1]
+        grad_tile = rows_from(grad_out_base, grad_out_strides, first_query)
         grad_out = load_rows(grad_tile, grad_out_strides, query_exists, BLOCK_M, HEAD_DIM_V, BLOCK_DV, MASKED, WIDE)
         if BLOCK_DV > DIMS:
             grad_weights = product_in_parts(
@@ -243,7 +244,7 @@ def backward_keys(
     q_ptr,  # q, k and v, mask, bias and the like as in the forward kernel, but not paged
     k_ptr,
     v_ptr,
-    grad_out_ptr,  # as q, with Dv
+    grad_out_ptr,  # as q, with Dv; as a TMA descriptor where q, k and v are
     row_lse_ptr,  # (B, Hq, Sq), or packed (1, Hq, total_q); fp32, of `row_terms`
     delta_ptr,  # likewise
     dk_ptr,
@@ -391,7 +392,7 @@ def gather_keys(
         first_row = tl.cast(first_key, tl.int64)
 
         # K and V tiles: (BLOCK_N, BLOCK_D), (BLOCK_N, BLOCK_DV)
-        k_tile, v_tile = k_base + first_row * k_strides[1], v_base + first_row * v_strides[1]
+        k_tile, v_tile = rows_from(k_base, k_strides, first_key), rows_from(v_base, v_strides, first_key)
         k = load_rows(k_tile, k_strides, key_exists, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, WIDE)
         if BLOCK_D > DIMS:
             qk = product_in_parts(

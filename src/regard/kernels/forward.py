@@ -21,6 +21,7 @@ from regard.kernels.scores import (
     own_queries,
     pair_base,
     row_offset,
+    rows_from,
     scaled_scores,
     sequence_bounds,
     store_rows,
@@ -106,7 +107,9 @@ def attend_keys(
             first_key = tl.where(position < gap_start, position, position + gap)
         key = first_key + column
         key_exists = key < seqlen_k
-        if block_table_ptr is None:
+        if not isinstance(k_base, tl.tensor):
+            k_tile, v_tile = rows_from(k_base, k_strides, first_key), rows_from(v_base, v_strides, first_key)
+        elif block_table_ptr is None:
             k_tile = k_base + tl.cast(first_key, tl.int64) * k_strides[1]
             v_tile = v_base + tl.cast(first_key, tl.int64) * v_strides[1]
             k_rows = tile_offsets(column, 0, k_strides[1], 0, WIDE)
@@ -126,10 +129,13 @@ def attend_keys(
                 q_part = q_base + tile_offsets(0, first, 0, q_strides[3], WIDE)
                 part = load_rows(q_part, q_strides, query_exists, BLOCK_M, HEAD_DIM - first, DIMS, True, WIDE)
             # K tile, transposed: (BLOCK_D or DIMS, BLOCK_N)
-            k_part = k_tile + tile_offsets(0, first, 0, k_strides[3], WIDE)
-            k_pointers = k_part + (k_rows[None, :] + tile_offsets(0, dim[:, None], 0, k_strides[3], WIDE))
-            dim_exists = first + dim < HEAD_DIM
-            k = load_tile(k_pointers, key_exists[None, :], dim_exists[:, None], MASKED, HEAD_DIM - first >= PART)
+            if isinstance(k_base, tl.tensor):
+                k_part = k_tile + tile_offsets(0, first, 0, k_strides[3], WIDE)
+                k_pointers = k_part + (k_rows[None, :] + tile_offsets(0, dim[:, None], 0, k_strides[3], WIDE))
+                dim_exists = first + dim < HEAD_DIM
+                k = load_tile(k_pointers, key_exists[None, :], dim_exists[:, None], MASKED, HEAD_DIM - first >= PART)
+            else:
+                k = tl.trans(load_rows(k_tile, k_strides, key_exists, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, WIDE))
             qk = tl.dot(part, k, qk, input_precision=PRECISION)
 
         bias = None
@@ -158,15 +164,18 @@ def attend_keys(
             weights = tl.where(keep, weights, 0.0)
 
         # V tile (BLOCK_N, BLOCK_DV)
-        v_pointers = v_tile + (v_rows[:, None] + tile_offsets(0, dim_v[None, :], 0, v_strides[3], WIDE))
-        v = load_tile(v_pointers, key_exists[:, None], dim_v_exists[None, :], MASKED, HEAD_DIM_V == BLOCK_DV)
+        if isinstance(v_base, tl.tensor):
+            v_pointers = v_tile + (v_rows[:, None] + tile_offsets(0, dim_v[None, :], 0, v_strides[3], WIDE))
+            v = load_tile(v_pointers, key_exists[:, None], dim_v_exists[None, :], MASKED, HEAD_DIM_V == BLOCK_DV)
+        else:
+            v = load_rows(v_tile, v_strides, key_exists, BLOCK_N, HEAD_DIM_V, BLOCK_DV, MASKED, WIDE)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 
 
 @triton.jit
 def attention_forward(
-    q_ptr,  # (B, Sq, Hq, D), or packed (1, total_q, Hq, D) with a batch stride of 0
+    q_ptr,  # (B, Sq, Hq, D), or packed (1, total_q, Hq, D) with a batch stride of 0; or like k and v a TMA descriptor
     k_ptr,  # (B, Sk, Hk, D), packed (1, total_k, Hk, D), or paged (pages, page_size, Hk, D)
     v_ptr,  # as k, with Dv
     out_ptr,  # as q, with Dv
@@ -214,6 +223,7 @@ def attention_forward(
     PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32x3" or "tf32"
     DIMS: tl.constexpr,  # head dims of Q K^T at once: Q with more is read part by part for every key tile
     ROW_SUMS: tl.constexpr,  # parts that the sum of a row's weights is kept in, see `tuning.Tile`
+    ONE_LOOP: tl.constexpr,  # the interior is masked as well, in one loop with the edges
 ):
     first_query, head, sequence = own_queries(seqlen_q, heads_q, window_right, BLOCK_M)
     start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, None, sequence, seqlen_q, total_q)
@@ -227,13 +237,17 @@ def attention_forward(
 
     # Offsets of whole heads and sequences may pass 2**31 elements.
     sequence64, head_k64 = sequence.to(tl.int64), (head // group).to(tl.int64)
-    k_base = k_ptr + start_k.to(tl.int64) * k_strides[1] + head_k64 * k_strides[2]
-    v_base = v_ptr + start_k.to(tl.int64) * v_strides[1] + head_k64 * v_strides[2]
-    if block_table_ptr is None:
-        k_base += sequence64 * k_strides[0]
-        v_base += sequence64 * v_strides[0]
+    if isinstance(k_ptr, tl.tensor):
+        k_base = k_ptr + start_k.to(tl.int64) * k_strides[1] + head_k64 * k_strides[2]
+        v_base = v_ptr + start_k.to(tl.int64) * v_strides[1] + head_k64 * v_strides[2]
+        if block_table_ptr is None:
+            k_base += sequence64 * k_strides[0]
+            v_base += sequence64 * v_strides[0]
+        else:
+            block_table_ptr += sequence64 * block_table_stride
     else:
-        block_table_ptr += sequence64 * block_table_stride
+        k_base = head_base(k_ptr, k_strides, sequence, start_k, head // group)
+        v_base = head_base(v_ptr, v_strides, sequence, start_k, head // group)
     mask_base = None
     if mask_ptr is not None:
         mask_base = pair_base(mask_ptr, mask_strides, sequence, head, first_query, 0)
@@ -257,8 +271,11 @@ def attention_forward(
     start, full_start, full_stop, stop = key_span(
         first_query, last_query, shift, length_k, window_left, window_right, BLOCK_N, RAGGED
     )
-    start, stop, gap = edge_span(start, full_start, full_stop, stop, window_left)
-    for part in tl.static_range(0, 2 if RAGGED else 1):
+    if ONE_LOOP:
+        full_start, gap = stop, 0
+    else:
+        start, stop, gap = edge_span(start, full_start, full_stop, stop, window_left)
+    for part in tl.static_range(1 if ONE_LOOP else 0, 2 if RAGGED or ONE_LOOP else 1):
         # the interior, then the edges: one body, masked only at the edges, where positions skip over the interior
         acc, row_max, row_sum = attend_keys(
             acc, row_max, row_sum, q,

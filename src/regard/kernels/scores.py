@@ -4,6 +4,9 @@ Index arguments ``query`` and ``key`` broadcast against each other, so that the 
 tile of the forward and a (keys, queries) tile of the backward. The exponential that scores go to is the GPU's, exp2, so
 that a factor of log2(e) joins the last product. A feature whose pointer or bound is None is absent from the compiled
 kernel.
+
+Q, K, V and dO come as pointers, or each as a TMA descriptor of (B, H, S, D) for a tile's rows at a time, which fills up
+with zeros what lies outside of a head. The base of a head's rows is then such a descriptor and where in it they begin.
 """
 
 import triton
@@ -51,9 +54,22 @@ def tile_offsets(row, column, row_stride, column_stride, WIDE: tl.constexpr):
 
 
 @triton.jit
-def head_base(pointer, strides, sequence, row, head):
-    """A head's element at a row: the offsets of whole heads and sequences may pass 2**31 elements."""
-    return pointer + sequence.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
+def head_base(matrix, strides, sequence, row, head):
+    """A head's rows from one on: the offsets of whole heads and sequences may pass 2**31 elements."""
+    if isinstance(matrix, tl.tensor):
+        first = matrix + sequence.to(tl.int64) * strides[0]
+        return first + row.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
+    else:
+        return matrix, sequence, head, row
+
+
+@triton.jit
+def rows_from(base, strides, row):
+    """Of a head's rows those from one on."""
+    if isinstance(base, tl.tensor):
+        return base + tl.cast(row, tl.int64) * strides[1]
+    else:
+        return base[0], base[1], base[2], base[3] + row
 
 
 @triton.jit
@@ -87,9 +103,12 @@ def load_rows(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Load ROWS rows of EXTENT elements from ``base`` on as a (ROWS, BLOCK) tile; MASKED: some may not exist."""
-    dim = tl.arange(0, BLOCK)[None, :]
-    pointers = base + tile_offsets(tl.arange(0, ROWS)[:, None], dim, strides[1], strides[3], WIDE)
-    return load_tile(pointers, exists[:, None], dim < EXTENT, MASKED, EXTENT >= BLOCK)
+    if isinstance(base, tl.tensor):
+        dim = tl.arange(0, BLOCK)[None, :]
+        pointers = base + tile_offsets(tl.arange(0, ROWS)[:, None], dim, strides[1], strides[3], WIDE)
+        return load_tile(pointers, exists[:, None], dim < EXTENT, MASKED, EXTENT >= BLOCK)
+    else:
+        return base[0].load([base[1], base[2], base[3], 0]).reshape(ROWS, BLOCK)
 
 
 @triton.jit

@@ -34,6 +34,9 @@ class Tile(NamedTuple):
     registers while others stream past it, but read again, part by part, for each.
     row_sums: parts that the forward keeps the sum of a row's weights in to the end. Of an accumulator of mma or wgmma a
     thread has two columns in eight: two of eight parts are its own, and nothing moves between threads before the end.
+    by_tma: tiles of Q, K, V and dO are brought by TMA, which costs no thread addresses, bounds or registers. The call's
+    tensors must be such as it can read.
+    one_loop: the forward masks its interior too, in one loop with the edges.
     """
 
     block_m: int
@@ -42,6 +45,8 @@ class Tile(NamedTuple):
     num_stages: int
     dims: int = 256
     row_sums: int = 1
+    by_tma: bool = False
+    one_loop: bool = False
 
 
 class Rule(NamedTuple):
@@ -71,8 +76,8 @@ TileTable = dict[tuple[str, int, int], tuple[Rule, ...]]
 """(architecture, bytes per element, head dim) -> rules"""
 
 FORWARD: TileTable = {
-    # mma.sync: Triton lays the warps along the queries, without shared rows, only where BLOCK_M >= head dim. With shared
-    # rows, and in layouts of other kinds, row sums in parts take more registers and more steps between threads.
+    # mma.sync: Triton lays the warps along the queries, without shared rows, only where BLOCK_M >= head dim. With rows
+    # shared, and in layouts of other kinds, row sums in parts take more registers and more steps between threads.
     ("sm80", 2, 64): _rules(128, 64, 4, 3),
     ("sm80", 2, 128): _rules(128, 64, 8, 2, row_sums=8),
     ("sm80", 2, 256): _rules(64, 64, 8, 2),
