@@ -465,14 +465,24 @@ def _layout(*_values):
     return None
 
 
+def _larger(a, b):
+    return a.clamp(min=b) if isinstance(a, torch.Tensor) and a.ndim else max(a, b)
+
+
+def _smaller(a, b):
+    return a.clamp(max=b) if isinstance(a, torch.Tensor) and a.ndim else min(a, b)
+
+
 _no_layout = SimpleNamespace(get_default_for=_layout)
 _LANGUAGE = SimpleNamespace(
-    **vars(INTEGERS), int8=torch.int8, int32=torch.int32, int64=torch.int64, float32=torch.float64, where=torch.where,
+    cdiv=cdiv, maximum=_larger, minimum=_smaller, int8=torch.int8, int32=torch.int32, int64=torch.int64, float32=torch.float64, where=torch.where,
     exp2=torch.exp2, abs=torch.abs, static_range=range, zeros_like=torch.zeros_like, BlockedLayout=_layout,
     NVMMADistributedLayout=_layout, NVMMASharedLayout=_no_layout, SwizzledSharedLayout=_layout, DotOperandLayout=_layout,
     SliceLayout=_layout, allocate_shared_memory=_allocate, warp_specialize=_start_roles, load=Pointer.load,
     store=Pointer.store, atomic_add=Pointer.add, program_id=lambda _axis: torch.tensor(_role.number),
     num_programs=lambda _axis: _programs.count, max=lambda values, _axis: int(values.max()),
+    sum=lambda values, _axis: int(values.sum()), associative_scan=lambda values, _axis, _add: values.cumsum(0),
+    to_tensor=lambda number: number,
     arange=lambda start, stop, layout: torch.arange(start, stop).as_subclass(Registers),
     zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype).as_subclass(Registers),
     convert_layout=lambda values, _layout: values,

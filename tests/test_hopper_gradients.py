@@ -178,6 +178,12 @@ def test_gradients_of_packed_sequences(head_dim, options):
     check_gradients(*gradients_on_cpu(*packed_call((0, 100, 1, 170, 130), (3, 129, 128, 0, 200), head_dim, **options)))
 
 
+def test_gradients_of_many_packed_sequences():
+    """More than a producer has lanes."""
+    lengths = [number % 4 * 11 for number in range(70)]
+    check_gradients(*gradients_on_cpu(*packed_call(lengths, [*lengths[1:], 131], 64, causal=True)))
+
+
 @pytest.mark.parametrize("head_dim, options", PACKED)
 def test_packed_sequences_do_not_meet(head_dim, options):
     """What one holds, were it not a number, does not reach the others' gradients, though tiles reach into it."""

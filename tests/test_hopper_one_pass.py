@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gluon_on_cpu import INTEGERS, Numbers, cdiv, plain
+from gluon_on_cpu import HOPPER, INTEGERS, Pointer, cdiv, plain
 
 from regard import AttentionConfig, AttentionInputs
 from regard.backends import hopper
@@ -61,7 +61,7 @@ class Taken:
 
     def copy(self, step, _desc, place):
         assert step == len(self.copies)
-        self.copies.append(tuple(place))
+        self.copies.append(tuple(map(int, place)))
 
 
 class Told(list):
@@ -70,9 +70,13 @@ class Told(list):
     publish = list.append
 
 
-def schedule(called, programs, **pointers):
-    """What programs that take turns load: their records; of every one its keys' places, and the blocks of queries
-    (sequence, head, block) that come with them.
+def numbers(values):
+    return Pointer(torch.tensor(values, dtype=torch.int32))
+
+
+def schedule(called, programs, section=3, **pointers):
+    """What programs that take turns load: their records, how many tiles they claim, of every one its keys' places, and
+    the blocks of queries (sequence, head, block) that come with them.
     """
     index = itertools.count(programs)
     numbers = ("EXISTS", "FIRST_KEY", "HEAD_K", "SEQUENCE", "START_Q", "START_K", "LENGTH_K", "SHIFT", "LOW",
@@ -80,29 +84,33 @@ def schedule(called, programs, **pointers):
     found = []
 
     def write_record(_records, tile, fields):
-        record = {name: fields[getattr(kernels, name).value] for name in numbers[: len(fields)]}
+        record = {name: int(fields[getattr(kernels, name).value]) for name in numbers[: len(fields)]}
         found[-1].records.append(SimpleNamespace(**record))
         assert tile == len(found[-1].records) - 1
 
     def load_block(_call, step, plane, head, block, start_q, length_q, rows):
         assert step == len(found[-1].blocks)
-        found[-1].blocks.append((plane, head, block, start_q, length_q, rows))
+        found[-1].blocks.append(tuple(map(int, (plane, head, block, start_q, length_q, rows))))
+
+    def claim_tile(_counter):
+        found[-1].claims += 1
+        return next(index)
 
     left, right = called.band
     block_m = hopper_tuning.backward_block_m(called.head_dim, called.head_dim_v)
     absent = dict.fromkeys(("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr", "k_desc", "v_desc", "records"))
     for number in range(programs):
-        found.append(SimpleNamespace(records=[], blocks=[], keys=Taken(), values=Taken(), told=Told()))
-        language = SimpleNamespace(**vars(INTEGERS), program_id=lambda _axis, number=number: number, load=Numbers.load)
+        found.append(SimpleNamespace(records=[], blocks=[], keys=Taken(), values=Taken(), told=Told(), claims=0))
+        language = SimpleNamespace(**{**vars(HOPPER["gl"]), "program_id": lambda _axis, number=number: number})
         load_tiles = plain(
             kernels.load_tiles, gl=language, write_record=write_record, load_block=load_block,
-            claim_tile=lambda _counter: next(index), leave_counters=lambda _counter: None,
+            claim_tile=claim_tile, leave_counters=lambda _counter: None,
             clear_loaded=lambda _ring, _step, _valid: None,
         )  # fmt: skip
         call = SimpleNamespace(
             **{**absent, **pointers}, batch=called.batch, heads=called.heads_q, heads_kv=called.heads_kv,
             seqlen_q=called.seqlen_q, seqlen_k=called.seqlen_k, total_q=called.total_q, total_k=called.total_k,
-            section=3, counter_ptr=None, window_left=left, right_reach=None if right is None else right + 1,
+            section=section, counter_ptr=None, window_left=left, right_reach=None if right is None else right + 1,
             BLOCK_M=block_m, keys=found[-1].keys, values=found[-1].values, terms=found[-1].told, queries=None, grads=None,
         )  # fmt: skip
         load_tiles(call)
@@ -115,6 +123,7 @@ def check_schedule(called, taken, tiles):
     seen = []
     for program in taken:
         *records, last = program.records
+        assert program.claims == len(records), "nothing is claimed that is no tile"
         assert last.EXISTS == 0 and not hasattr(last, "HEAD_K"), "and then there are no more"
         assert program.keys.copies == program.values.copies
         assert program.told == list(range(len(program.blocks)))
@@ -142,13 +151,30 @@ def test_every_key_tile_is_taken_once(options, programs):
     check_schedule(called, taken, itertools.product(range(3), range(2), (0, 128)))
 
 
-def test_every_packed_key_tile_is_taken_once():
-    starts_q, starts_k = (0, 300, 300, 301, 500), (0, 130, 258, 258, 300)
-    called = config(batch=4, varlen=True, total_q=500, total_k=300, causal=True)
-    taken = schedule(called, 3, cu_seqlens_q_ptr=Numbers(*starts_q), cu_seqlens_k_ptr=Numbers(*starts_k))
+PACKED = {
+    "few": ((300, 0, 1, 199), (130, 128, 0, 42)),
+    "one": ((5,), (300,)),
+    "none with keys": ((3, 4), (0, 0)),
+    "many": ((1,) * 100, tuple(257 * (number % 5 == 2) for number in range(100))),
+    "many without keys": ((7,) * 113, (*(0,) * 70, 130, *(0,) * 40, 1, 129)),
+    "a warp's": ((2,) * 64, (0, 128) * 32),
+    "a warp's and one": ((2,) * 33, (40,) * 33),
+}
+
+
+@pytest.mark.parametrize("programs", [1, 3, 40])
+@pytest.mark.parametrize("lengths", PACKED)
+def test_every_packed_key_tile_is_taken_once(lengths, programs):
+    lengths_q, lengths_k = PACKED[lengths]
+    starts_q, starts_k = ([0, *itertools.accumulate(each)] for each in (lengths_q, lengths_k))
+    called = config(batch=len(lengths_q), varlen=True, seqlen_q=max(lengths_q), seqlen_k=max(lengths_k),
+                    total_q=starts_q[-1], total_k=starts_k[-1], causal=True)  # fmt: skip
+    taken = schedule(
+        called, programs, section=1, cu_seqlens_q_ptr=numbers(starts_q), cu_seqlens_k_ptr=numbers(starts_k)
+    )
     tiles = [
-        (sequence, head, first) for sequence, head in itertools.product(range(4), range(2))
-        for first in range(0, starts_k[sequence + 1] - starts_k[sequence], 128)
+        (sequence, head, first) for sequence, head in itertools.product(range(len(lengths_k)), range(2))
+        for first in range(0, lengths_k[sequence], 128)
     ]  # fmt: skip
     check_schedule(called, taken, tiles)
     for tile in (tile for program in taken for tile in program.records[:-1]):
@@ -158,7 +184,7 @@ def test_every_packed_key_tile_is_taken_once():
 def test_keys_past_kv_lens_are_not_read_but_get_their_zeros():
     called = config(batch=3, kv_lens=True)
     lengths = (0, 70, 10**6)
-    taken = schedule(called, 2, kv_lens_ptr=Numbers(*lengths))
+    taken = schedule(called, 2, kv_lens_ptr=numbers(lengths))
     check_schedule(called, taken, itertools.product(range(3), range(2), (0, 128)))
     for tile in (tile for program in taken for tile in program.records[:-1]):
         assert min(lengths[tile.SEQUENCE], called.seqlen_k) == tile.LENGTH_K

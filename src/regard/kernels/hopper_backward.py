@@ -35,11 +35,14 @@ from regard.kernels.hopper_pipeline import (
     make_companion,
     make_ring,
     matrix,
+    no_sequences,
     optional,
     place_of,
     read_field,
     record,
     reduce_out,
+    seek_sequences,
+    sequence_of,
     stages_for,
     store_rows,
     transposed,
@@ -156,44 +159,59 @@ def load_tiles(call):
     total = call.batch * call.heads_kv * blocks_n
     group = call.heads // call.heads_kv
     index = gl.program_id(0)
+    if call.cu_seqlens_k_ptr is not None:
+        first, before, ends = no_sequences()
+        first, before, ends, total = seek_keys(call, index, first, before, ends)
     tile = 0
     filled = 0
     step = 0
     while index < total:
-        first_key, head_k, sequence = tile_of(index, blocks_n, call.batch, call.heads_kv, call.section)
+        if call.cu_seqlens_k_ptr is None:
+            first_key, head_k, sequence = tile_of(index, blocks_n, call.batch, call.heads_kv, call.section)
+        else:
+            sequence, within = sequence_of(index, first, before, ends)
         start_q, length_q, start_k, length_k, plane, rows = place_of(
             sequence, call.cu_seqlens_q_ptr, call.cu_seqlens_k_ptr, call.kv_lens_ptr, call.seqlen_q, call.seqlen_k,
             call.total_q, call.total_k,
         )  # fmt: skip
-        exists = True
         if call.cu_seqlens_k_ptr is not None:
-            exists = first_key < length_k
-        if exists:
-            low, full_low, full_high, high = query_blocks(
-                first_key, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_M, BLOCK_N
-            )
-            fields = (1, first_key, head_k, sequence, start_q, start_k, length_k, length_k - length_q, low, full_low,
-                      full_high, high)  # fmt: skip
-            write_record(call.records, tile, fields)
-            tile += 1
-            key_place = [plane, head_k, start_k + first_key, 0]
-            for member in range(group):
-                for block in range(low, high):
-                    opens = (member == 0) & (block == low)
-                    if opens:
-                        call.keys.copy(filled, call.k_desc, key_place)
-                    load_block(call, step, plane, head_k * group + member, block, start_q, length_q, rows)
-                    if call.cu_seqlens_q_ptr is None:
-                        call.terms.publish(step)
-                    if opens:
-                        call.values.copy(filled, call.v_desc, key_place)
-                        filled += 1
-                    if call.cu_seqlens_q_ptr is not None:
-                        publish_cut_block(call, step, length_q - block * call.BLOCK_M)
-                    step += 1
+            first_key, head_k, _ = tile_of(within, gl.cdiv(length_k, BLOCK_N), 1, call.heads_kv, call.section)
+        low, full_low, full_high, high = query_blocks(
+            first_key, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_M, BLOCK_N
+        )
+        fields = (1, first_key, head_k, sequence, start_q, start_k, length_k, length_k - length_q, low, full_low,
+                  full_high, high)  # fmt: skip
+        write_record(call.records, tile, fields)
+        tile += 1
+        key_place = [plane, head_k, start_k + first_key, 0]
+        for member in range(group):
+            for block in range(low, high):
+                opens = (member == 0) & (block == low)
+                if opens:
+                    call.keys.copy(filled, call.k_desc, key_place)
+                load_block(call, step, plane, head_k * group + member, block, start_q, length_q, rows)
+                if call.cu_seqlens_q_ptr is None:
+                    call.terms.publish(step)
+                if opens:
+                    call.values.copy(filled, call.v_desc, key_place)
+                    filled += 1
+                if call.cu_seqlens_q_ptr is not None:
+                    publish_cut_block(call, step, length_q - block * call.BLOCK_M)
+                step += 1
         index = claim_tile(call.counter_ptr)
+        if call.cu_seqlens_k_ptr is not None:
+            first, before, ends, total = seek_keys(call, index, first, before, ends)
     write_record(call.records, tile, (0, 0))
     leave_counters(call.counter_ptr)
+
+
+@gluon.jit
+def seek_keys(call, index, first, before, ends):
+    """Producer: where a tile's sequence is to be found, see `seek_sequences`."""
+    return seek_sequences(
+        index, first, before, ends, call.cu_seqlens_k_ptr, call.batch, call.seqlen_k, call.total_k, call.heads_kv,
+        BLOCK_N,
+    )  # fmt: skip
 
 
 @gluon.jit

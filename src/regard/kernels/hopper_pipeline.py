@@ -204,6 +204,45 @@ def place_of(sequence, cu_seqlens_q_ptr, cu_seqlens_k_ptr, kv_lens_ptr, seqlen_q
 
 
 @gluon.jit
+def no_sequences():
+    """Where `seek_sequences` starts."""
+    return gl.to_tensor(-32), gl.to_tensor(0), gl.zeros([32], gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+
+
+@gluon.jit
+def seek_sequences(index, first, before, ends, cu_seqlens_ptr, batch, longest, total, heads, ROWS: gl.constexpr):
+    """Producer: go on to the 32 packed sequences with a tile, whose indices only grow.
+
+    Every sequence has a tile for each of ``heads`` and each so many ROWS, and none that is empty. Returns the first of
+    the 32, the tiles before them, the tiles up to the end of each, one a lane, and those up to the last, which are more
+    than ``index`` if there is such a tile.
+    """
+    stop = gl.max(ends, 0)
+    while (index >= stop) & (first + 32 < batch):
+        first += 32
+        before = stop
+        sequence = first + gl.arange(0, 32, layout=ends.type.layout)
+        exists = sequence < batch
+        _starts, lengths = sequence_bounds(cu_seqlens_ptr, sequence, longest, total, exists)
+        tiles = gl.where(exists, gl.cdiv(lengths, ROWS) * heads, 0)
+        ends = before + gl.associative_scan(tiles, 0, _add)
+        stop = gl.max(ends, 0)
+    return first, before, ends, stop
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def sequence_of(index, first, before, ends):
+    """Producer: a tile's sequence, of those that `seek_sequences` found, and its number among the sequence's tiles."""
+    passed = ends <= index
+    return first + gl.sum(passed.to(gl.int32), 0), index - gl.max(gl.where(passed, ends, before), 0)
+
+
+@gluon.jit
 def store_rows(ptr, start, count, heads, head, values, HEAD_DIM: gl.constexpr):
     """Write the rows of a packed tile that exist: TMA would write past the end of the sequence, into the next one."""
     row = gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, values.type.layout))
