@@ -136,3 +136,31 @@ def test_plain_gradients_are_the_fused_kernels(causal):
     torch.testing.assert_close(*results)
     calls = [event.name for event in profile.events() if "flash_attention_for_cpu_backward" in event.name]
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(causal=True),
+        dict(window=(5, 3)),
+        dict(causal=True, softcap=5.0),
+        dict(alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.0])),
+        dict(kv_lens=torch.tensor([7, 30], dtype=torch.int32)),
+        dict(dropout_p=0.2),
+    ],
+    ids=lambda options: next(reversed(options)),
+)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_tensors_decide_the_device_and_not_the_default(backend, options):
+    def run():
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, length, heads, 16, device="cpu") for length, heads in ((20, 4), (33, 2), (33, 2)))
+        q.requires_grad_()
+        out, lse = regard.attention(q, k, v, backend=backend, return_lse=True, **options)
+        out.sum().backward()
+        return out, lse, q.grad
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    assert all(map(torch.equal, found, expected))

@@ -144,7 +144,7 @@ def check_pages(block_table: Tensor, kv_lens: Tensor, pages: int, page_size: int
     """
     if block_table.device.type != "cpu" or not _readable(block_table, kv_lens):
         return
-    used = torch.arange(block_table.shape[1]) * page_size < kv_lens[:, None]
+    used = torch.arange(block_table.shape[1], device=kv_lens.device) * page_size < kv_lens[:, None]
     wrong = used & ((block_table < 0) | (block_table >= pages))
     if wrong.any():
         row = int(wrong.any(1).nonzero()[0])

@@ -91,7 +91,7 @@ class CpuBackend:
         if plain and fused.unmasked_call(config) is not None:
             return _differentiate_fused(config, inputs, out, lse, grad_out)
         found = {
-            name: torch.zeros(tensor.shape, dtype=_accumulator(inputs.q.dtype))
+            name: torch.zeros(tensor.shape, dtype=_accumulator(inputs.q.dtype), device="cpu")
             for name in ("q", "k", "v", "bias", "sinks")
             if (tensor := getattr(inputs, name)) is not None
         }
@@ -234,18 +234,22 @@ class _Piece:
 
     def _distance(self, rows: range, keys: range) -> Tensor:
         """How far key j lies to the right of query i's own position."""
-        return torch.arange(keys.start, keys.stop) - torch.arange(rows.start, rows.stop)[:, None] - self.shift
+        return _numbers(keys) - _numbers(rows)[:, None] - self.shift
 
     def kept(self, rows: range, keys: range) -> Tensor:
         """Dropout's factor on the weights of a block: 0 or 1 / (1 - p)."""
         batch, heads = self.q.shape[:2]
-        head = torch.arange(self.first_sequence * heads, (self.first_sequence + batch) * heads)
-        query, key = torch.arange(rows.start, rows.stop), torch.arange(keys.start, keys.stop)
+        head = _numbers(range(self.first_sequence * heads, (self.first_sequence + batch) * heads))
+        query, key = _numbers(rows), _numbers(keys)
         assert self.dropout_seed is not None
         keep = dropout_keep(
             self.dropout_seed, head.view(batch, heads, 1, 1), query[:, None], key, self.config.dropout_p
         )
         return keep.to(_accumulator(self.q.dtype)) / (1 - self.config.dropout_p)
+
+
+def _numbers(positions: range) -> Tensor:
+    return torch.arange(positions.start, positions.stop, device="cpu")  # not the default device, which may be another
 
 
 _AttendBlock = Callable[[_Piece, range, range], tuple[Tensor, Tensor]]
@@ -389,9 +393,9 @@ def _online_softmax(piece: _Piece, rows: range, keys: range) -> tuple[Tensor, Te
     """Algorithm 1, lines 5 to 14, for one block of queries."""
     batch, heads = piece.q.shape[:2]
     compute = _accumulator(piece.q.dtype)
-    highest = torch.full((batch, heads, len(rows)), -_INF, dtype=compute)
+    highest = torch.full((batch, heads, len(rows)), -_INF, dtype=compute, device="cpu")
     denominator = torch.zeros_like(highest)
-    numerator = torch.zeros((batch, heads, len(rows), piece.v.shape[3]), dtype=compute)
+    numerator = torch.zeros((batch, heads, len(rows), piece.v.shape[3]), dtype=compute, device="cpu")
     for block in _blocks(keys, _block_side(piece)):
         scores, _ = _masked_scores(piece, rows, block)
         raised = torch.maximum(highest, scores.amax(-1))

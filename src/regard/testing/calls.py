@@ -89,11 +89,11 @@ def make_inputs(
     case: Case, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Call:
     """Draw a case's tensors: standard normal values, the same on every device, laid out as the case says."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     sizes = _Sizes.of(case)
 
     def normal(*shape: int, factor: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(shape, generator=generator) * factor).to(device=device, dtype=dtype)
+        return (torch.randn(shape, generator=generator, device="cpu") * factor).to(device=device, dtype=dtype)
 
     head_dim_v = case.head_dim if case.head_dim_v is None else case.head_dim_v
     q = normal(*sizes.rows, case.heads_q, case.head_dim, factor=case.logits)
@@ -116,7 +116,7 @@ def make_inputs(
     full = dict(zip("bhqk", (sizes.batch, case.heads_q, case.seqlen_q, case.seqlen_k), strict=True))
     if case.mask is not None:
         shape = [full[letter] if letter in full else 1 for letter in case.mask]
-        mask = torch.rand(shape, generator=generator) < 0.7
+        mask = torch.rand(shape, generator=generator, device="cpu") < 0.7
         tensors["mask"] = _hide(mask, case.mask, False).to(device) if case.empty_rows else mask.to(device)
     if case.bias is not None:
         bias = normal(*(full[letter] if letter in full else 1 for letter in case.bias), dtype=case.bias_dtype or dtype)
@@ -125,7 +125,7 @@ def make_inputs(
             bias = _hide(bias, case.bias, float("-inf"))
         tensors["bias"] = bias
     if case.alibi is not None:
-        slopes = torch.rand((sizes.batch, case.heads_q), generator=generator) * 0.5
+        slopes = torch.rand((sizes.batch, case.heads_q), generator=generator, device="cpu") * 0.5
         tensors["alibi_slopes"] = (slopes if case.alibi == "bh" else slopes[0]).to(device)
     if case.sinks:
         tensors["sinks"] = normal(case.heads_q)
@@ -175,15 +175,15 @@ def _hide(tensor: Tensor, pattern: str, value: float) -> Tensor:
 def _page_table(case: Case, k: Tensor, v: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """Scatter the sequences over the pages; what no sequence holds becomes NaN, unused table entries become garbage."""
     assert case.page_size is not None and case.kv_lens is not None
-    order = torch.randperm(k.shape[0], generator=generator).tolist()
+    order = torch.randperm(k.shape[0], generator=generator, device="cpu").tolist()
     counts = [math.ceil(length / case.page_size) for length in case.kv_lens]
-    table = torch.full((case.batch, max(counts) + 1), 2**30, dtype=torch.int32)
-    used = torch.zeros(k.shape[:2], dtype=torch.bool)
+    table = torch.full((case.batch, max(counts) + 1), 2**30, dtype=torch.int32, device="cpu")
+    used = torch.zeros(k.shape[:2], dtype=torch.bool, device=k.device)
     for sequence, (length, count) in enumerate(zip(case.kv_lens, counts, strict=True)):
         for page in range(count):
             table[sequence, page] = order.pop()
             used[table[sequence, page], : length - page * case.page_size] = True
     for cache in (k, v):
         cache[~used.to(cache.device)] = float("nan")
-    lengths = torch.tensor(case.kv_lens, dtype=torch.int32)
+    lengths = torch.tensor(case.kv_lens, dtype=torch.int32, device="cpu")
     return {"block_table": table.to(k.device), "kv_lens": lengths.to(k.device)}

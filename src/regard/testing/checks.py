@@ -151,8 +151,8 @@ def _arguments(call: Call, **arguments: Any) -> dict[str, Any]:
 def _gradients(call: Call, results: Tensor | tuple[Tensor, ...], dtype: torch.dtype) -> dict[str, Tensor]:
     """Gradients of the call's leaves under a fixed random gradient of each result, of values exact in ``dtype``."""
     outputs = results if isinstance(results, tuple) else (results,)
-    generator = torch.Generator().manual_seed(call.seed + 1)
-    seeds = [torch.randn(t.shape, generator=generator).to(dtype).to(t) for t in outputs]
+    generator = torch.Generator("cpu").manual_seed(call.seed + 1)
+    seeds = [torch.randn(t.shape, generator=generator, device="cpu").to(dtype).to(t) for t in outputs]
     leaves = call.leaves()
     kept = [i for i, t in enumerate(outputs) if t.requires_grad]
     if not kept:

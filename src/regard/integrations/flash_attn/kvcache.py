@@ -274,7 +274,7 @@ def _lengths(name: str, lengths: int | Tensor, q: Tensor) -> Tensor:
 def _without_gradient(result: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
     """The same for callers that did not turn gradients off: a backward that comes here raises."""
     out, *lse = result if isinstance(result, tuple) else (result,)
-    marked: tuple[Tensor, Tensor] = _Raising.apply(torch.empty(0, requires_grad=True), out, *lse)  # type: ignore[no-untyped-call]
+    marked: tuple[Tensor, Tensor] = _Raising.apply(out.new_empty(0).requires_grad_(), out, *lse)  # type: ignore[no-untyped-call]
     return marked if lse else marked[0]
 
 
