@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gluon_on_cpu import INTEGERS, SCRATCH, Numbers, cdiv, plain, shared_memory_of, start_program
+from gluon_on_cpu import HOPPER, INTEGERS, SCRATCH, Numbers, Pointer, cdiv, plain, shared_memory_of, start_program
 
 from regard import AttentionConfig
 from regard.backends import hopper
@@ -131,6 +131,32 @@ def test_a_warpgroup_waits_for_the_blocks_that_are_loaded(band, block_n, warpgro
                 my_high = min(my_high, high)  # as in `attend_queries` and `query_gradient`
                 my_low = min(my_low, my_high - 1)
                 assert low <= my_low < my_high <= high
+
+
+def test_every_packed_query_tile_of_the_forward_is_taken_once():
+    """By programs that take turns; and none claims a tile that is not there."""
+    lengths = [number % 5 * 50 for number in range(71)]
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    heads, programs, index, taken = 3, 4, itertools.count(4), []
+    nothing = SimpleNamespace(copy=lambda *_: None)
+    for number in range(programs):
+        load_tiles = plain(
+            hopper_forward.load_tiles, claim_tile=lambda _counter: next(index), leave_counters=lambda _counter: None,
+            write_record=lambda _records, _tile, fields: taken.append(tuple(map(int, fields))),
+            gl=SimpleNamespace(**{**vars(HOPPER["gl"]), "program_id": lambda _axis, number=number: number}),
+        )  # fmt: skip
+        load_tiles(SimpleNamespace(
+            cu_seqlens_q_ptr=Pointer(starts), cu_seqlens_k_ptr=Pointer(starts), kv_lens_ptr=None, batch=len(lengths),
+            heads=heads, group=1, seqlen_q=200, seqlen_k=200, total_q=int(starts[-1]), total_k=int(starts[-1]),
+            section=1, counter_ptr=None, window_left=None, right_reach=1, BLOCK_M=128, BLOCK_N=64, PACK=1,
+            queries=nothing, keys=nothing, values=nothing, records=None, q_desc=None, k_desc=None, v_desc=None,
+        ))  # fmt: skip
+    tiles = [(sequence, head, first) for sequence, length in enumerate(lengths) for head in range(heads)
+             for first in range(0, length, 128)]  # fmt: skip
+    records = [record for record in taken if len(record) > 2]
+    assert sorted((sequence, head, first) for _, _, first, head, sequence, *_ in records) == tiles
+    assert all((start, length) == (starts[sequence], lengths[sequence]) for *_, sequence, start, length, _ in records)
+    assert len(taken) == len(tiles) + programs and next(index) == programs + len(tiles)
 
 
 # --- The weights of a tile, and their gradient

@@ -217,7 +217,6 @@ def forward_launch(
         KEY_STAGES=tile.key_stages,
         VALUE_STAGES=tile.value_stages,
         PACK=pack,
-        SEQUENCES=max(32, 1 << (config.batch - 1).bit_length()) if config.varlen else 32,
         RAGGED=_cut(config, tile.block_n),
         SHARE_Q=tile.share_q,
         TAKE_TURNS=tile.take_turns,

@@ -26,10 +26,13 @@ from regard.kernels.hopper_pipeline import (
     leave_counters,
     make_ring,
     matrix,
+    no_sequences,
     optional,
     read_field,
     record,
+    seek_sequences,
     sequence_bounds,
+    sequence_of,
     stages_for,
     transposed,
     write_record,
@@ -78,7 +81,6 @@ class Call:
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
     PACK: gl.constexpr
-    SEQUENCES: gl.constexpr
     RAGGED: gl.constexpr
     SHARE_Q: gl.constexpr
     TAKE_TURNS: gl.constexpr
@@ -117,16 +119,10 @@ def load_tiles(call):
     POSITIONS: gl.constexpr = call.BLOCK_M // call.PACK
     blocks_m = gl.cdiv(call.seqlen_q, POSITIONS)
     total = call.batch * call.heads * blocks_m
-    if call.cu_seqlens_q_ptr is not None:
-        # Tiles up to the end of each sequence, in the registers of this warp.
-        slot = gl.arange(0, call.SEQUENCES, layout=gl.BlockedLayout([call.SEQUENCES // 32], [32], [1], [0]))
-        exists = slot < call.batch
-        _starts, lengths = sequence_bounds(call.cu_seqlens_q_ptr, slot, call.seqlen_q, call.total_q, exists)
-        lengths = gl.where(exists, lengths, 0)
-        tile_ends = gl.associative_scan(gl.cdiv(lengths, POSITIONS) * call.heads, 0, _add)
-        total = gl.max(tile_ends, 0)
-
     index = gl.program_id(0)
+    if call.cu_seqlens_q_ptr is not None:
+        among, before, ends = no_sequences()
+        among, before, ends, total = seek_queries(call, index, among, before, ends)
     tile = 0
     step = 0
     while index < total:
@@ -135,9 +131,7 @@ def load_tiles(call):
         length_q = call.seqlen_q + start_q
         length_k = call.seqlen_k + start_k
         if call.cu_seqlens_q_ptr is not None:
-            passed = tile_ends <= index
-            sequence = gl.sum(passed.to(gl.int32), 0)
-            within = index - gl.max(gl.where(passed, tile_ends, 0), 0)
+            sequence, within = sequence_of(index, among, before, ends)
             start_q, length_q = sequence_bounds(call.cu_seqlens_q_ptr, sequence, call.seqlen_q, call.total_q, None)
             start_k, length_k = sequence_bounds(call.cu_seqlens_k_ptr, sequence, call.seqlen_k, call.total_k, None)
             head = within % call.heads
@@ -179,14 +173,20 @@ def load_tiles(call):
                 index = claim_tile(call.counter_ptr)
             call.values.copy(step, call.v_desc, [plane, head // call.group, row, 0])
             step += 1
+        if call.cu_seqlens_q_ptr is not None:
+            among, before, ends, total = seek_queries(call, index, among, before, ends)
         tile += 1
     write_record(call.records, tile, (0, 0))
     leave_counters(call.counter_ptr)
 
 
 @gluon.jit
-def _add(a, b):
-    return a + b
+def seek_queries(call, index, among, before, ends):
+    """Producer: where a tile's sequence is to be found, see `seek_sequences`."""
+    return seek_sequences(
+        index, among, before, ends, call.cu_seqlens_q_ptr, call.batch, call.seqlen_q, call.total_q, call.heads,
+        call.BLOCK_M // call.PACK,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -496,7 +496,6 @@ def attention_forward(
     KEY_STAGES: gl.constexpr,
     VALUE_STAGES: gl.constexpr,
     PACK: gl.constexpr,  # query heads of one key/value head that share a tile
-    SEQUENCES: gl.constexpr,  # packed sequences, up to a power of two
     RAGGED: gl.constexpr,  # the last key block may be cut
     SHARE_Q: gl.constexpr,  # the output leaves through the queries' shared memory
     TAKE_TURNS: gl.constexpr,  # the warpgroups start their products one after the other
@@ -518,7 +517,7 @@ def attention_forward(
         q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, counter_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
         kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, total_k, section, scale,
         softcap, window_left, right_reach, queries, keys, values, records, out_tiles, clean,
-        HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, SEQUENCES, RAGGED, SHARE_Q, TAKE_TURNS, PASS_EARLY, ONE_LOOP, RESCALE_EARLY,
+        HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, RAGGED, SHARE_Q, TAKE_TURNS, PASS_EARLY, ONE_LOOP, RESCALE_EARLY,
     )  # fmt: skip
     if WARPGROUPS == 2:
         gl.warp_specialize(
