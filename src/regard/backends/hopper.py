@@ -337,7 +337,7 @@ def finish_launch(config: AttentionConfig, inputs: AttentionInputs, sums: Tensor
         BLOCK_M=block_m,
         COLUMNS=_rows_of_a_part(config) * _SUMS_ROW // hopper_tuning.ROWS,
     )
-    programs = 2 * -(-config.seqlen_q // block_m) * config.batch * config.heads_q
+    programs = sums.shape[0] // _rows_of_a_part(config)
     return Launch(finish_queries, programs, _wanted(finish_queries, arguments), dict(num_warps=4))
 
 

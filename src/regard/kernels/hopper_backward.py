@@ -564,18 +564,29 @@ def finish_queries(
     COLUMNS: tl.constexpr,  # of dQ in a warpgroup's part
 ):
     """Fill dQ from its sums, scaled. A program does a warpgroup's part: 64 rows, or half the columns of 64 rows."""
-    blocks = tl.cdiv(seqlen_q, BLOCK_M)
     part = tl.program_id(0) % 2
-    block = tl.program_id(0) // 2 % blocks
-    head = tl.program_id(0) // 2 // blocks % heads
-    sequence = tl.program_id(0) // 2 // blocks // heads
-    start = sequence * seqlen_q
-    length = seqlen_q
-    place = (sequence * heads + head) * blocks + block
-    if cu_seqlens_q_ptr is not None:  # see `blocks_of_sums` and `first_sum`
+    place = tl.program_id(0) // 2
+    if cu_seqlens_q_ptr is None:
+        blocks = tl.cdiv(seqlen_q, BLOCK_M)
+        head = place // blocks % heads
+        sequence = place // blocks // heads
+        start = sequence * seqlen_q
+        length = seqlen_q
+        block = place % blocks
+    else:  # see `blocks_of_sums` and `first_sum`
+        blocks = total_q // BLOCK_M + batch
+        head = place // blocks
+        sequence = 0 * place
+        beyond = sequence + batch
+        while beyond - sequence > 1:
+            middle = (sequence + beyond) // 2
+            start, _length = sequence_bounds(cu_seqlens_q_ptr, None, middle, seqlen_q, total_q)
+            follows = start // BLOCK_M + middle > place % blocks
+            beyond = tl.where(follows, middle, beyond)
+            sequence = tl.where(follows, sequence, middle)
         start, length = sequence_bounds(cu_seqlens_q_ptr, None, sequence, seqlen_q, total_q)
-        place = head * (total_q // BLOCK_M + batch) + start // BLOCK_M + sequence + block
-    if block * BLOCK_M < length:
+        block = place % blocks - start // BLOCK_M - sequence
+    if (block >= 0) & (block * BLOCK_M < length):
         sums = tl.load(sums_ptr + (2 * place + part).to(tl.int64) * (64 * COLUMNS) + tl.arange(0, 64 * COLUMNS))
         # tile of the columns, warp, lane's row, lane's column, half, pair -> rows, columns
         sums = tl.reshape(sums, (COLUMNS // 8, 4, 8, 4, 2, 2))
