@@ -18,6 +18,7 @@ from triton.backends.nvidia import driver
 from regard import AttentionConfig, AttentionInputs
 from regard.backends import flash, hopper, launch, triton_launcher
 from regard.backends.launch import Launch, Repetition
+from regard.kernels import tuning
 
 B, S, H, HK, D = 2, 32, 4, 2, 64
 CONFIG = AttentionConfig(batch=B, seqlen_q=S, seqlen_k=S, heads_q=H, heads_kv=HK, head_dim=D, dtype=torch.bfloat16,
@@ -110,7 +111,17 @@ def machine(monkeypatch):
     CONFIG.prepared.clear()
 
 
-BACKENDS = pytest.mark.parametrize("backend", [hopper.HopperBackend(), flash.FlashBackend()], ids=lambda b: b.name)
+@pytest.fixture
+def backend(request, monkeypatch):
+    """A backend; "flash by TMA" with tiles of head dims at which sm90 has TMA bring them."""
+    if request.param == "flash by TMA":
+        for table, head_dim in ((tuning.FORWARD, 128), (tuning.BACKWARD_KEYS, 256), (tuning.BACKWARD_QUERIES, 256)):
+            assert any(rule.tile.by_tma for rule in table["sm90", 2, head_dim])
+            monkeypatch.setitem(table, ("sm90", 2, D), table["sm90", 2, head_dim])
+    return hopper.HopperBackend() if request.param == "hopper" else flash.FlashBackend()
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["hopper", "flash", "flash by TMA"], indirect=True)
 
 
 def memory(size=2**16, dtype=torch.bfloat16):
@@ -213,11 +224,12 @@ def test_shortcuts_say_the_same(machine, backend, layout, change, monkeypatch):
 
 
 BACKWARDS = {
-    "hopper in one pass": (hopper.HopperBackend(), {}, 3),
-    "hopper in two passes": (hopper.HopperBackend(), dict(deterministic=True), 3),
-    "flash": (flash.FlashBackend(), {}, 3),
+    "hopper in one pass": ("hopper", {}, 3),
+    "hopper in two passes": ("hopper", dict(deterministic=True), 3),
+    "flash": ("flash", {}, 3),
+    "flash by TMA": ("flash by TMA", {}, 3),
     "flash with a bias": (
-        flash.FlashBackend(),
+        "flash by TMA",
         dict(bias_shape=(1, H, S, S), bias_dtype=torch.bfloat16, bias_requires_grad=True, requires_grad=True),
         4,
     ),
@@ -254,9 +266,8 @@ LOOKS = {
 }
 
 
-@pytest.mark.parametrize("case", BACKWARDS.values(), ids=BACKWARDS)
-def test_a_repeated_backward_says_what_fresh_launches_say(machine, case, monkeypatch):
-    backend, changes, count = case
+@pytest.mark.parametrize(("backend", "changes", "count"), BACKWARDS.values(), ids=BACKWARDS, indirect=["backend"])
+def test_a_repeated_backward_says_what_fresh_launches_say(machine, backend, changes, count, monkeypatch):
     config, met = dataclasses.replace(CONFIG, **changes), []
     real = launch.launch_or_repeat
 
@@ -290,6 +301,16 @@ def test_a_repeated_backward_says_what_fresh_launches_say(machine, case, monkeyp
     assert all(met[len(LOOKS) :]), "all were repeated"
     assert len(repetitions(config)) == met.count(False) * count
     assert all(known._direct is not None for known in repetitions(config))
+
+
+@pytest.mark.parametrize("backend", ["flash by TMA"], indirect=True)
+def test_flash_gives_descriptors_only_of_what_tma_can_read(machine, backend):
+    for change, maps in (({}, 3), (dict(start=4, apart=64), 0), (dict(start=8, apart=64), 3), ({}, 3)):
+        backend.forward(CONFIG, tensors(**change))
+        inputs = tensors(**change)
+        backend.forward(CONFIG, inputs)
+        addresses = [str(t.data_ptr()) for t in inputs[:maps]]
+        assert [value[0] for value in machine.said[-1] if isinstance(value, Map)] == addresses
 
 
 def test_an_argument_that_would_be_that_of_the_first_call_is_noticed(machine):

@@ -243,11 +243,16 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             if shared or (head_dim == 64 and alone):
                 add(f"d{head_dim} causal", torch.float32, head_dim=head_dim, causal=True)
             continue
-        for causal, length in _calls_by_tile(rules).values():
+        for causal, length, by_tma in _calls_by_tile(rules).values():
             name = f"d{head_dim} {'causal' if causal else 'plain'}" + (f" k{length}" if length != _SEQLEN else "")
-            add(name, torch.bfloat16, head_dim=head_dim, seqlen_q=length, seqlen_k=length, causal=causal)
+            name += "" if by_tma else " lengths"  # of which TMA knows nothing
+            options = dict(seqlen_q=length, seqlen_k=length, causal=causal, kv_lens=not by_tma)
+            add(name, torch.bfloat16, head_dim=head_dim, **options)
         if kernel == "forward" and any(rule.aligned is False for rule in rules):
             add(f"d{head_dim - 8}-mqa unaligned", torch.bfloat16, head_dim=head_dim - 8, heads_kv=1)
+            if any(rule.tile.by_tma for rule in rules):
+                name = f"d{head_dim - 8}-mqa unaligned lengths"
+                add(name, torch.bfloat16, head_dim=head_dim - 8, heads_kv=1, kv_lens=True)
     if arch in EVERYTHING_ARCHITECTURES:
         add("d128 everything", torch.bfloat16, head_dim=128, **EVERYTHING)
     if kernel != "forward":
@@ -265,13 +270,13 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
     return made
 
 
-def _calls_by_tile(rules: tuple[tuning.Rule, ...]) -> dict[tuning.Tile, tuple[bool, int]]:
-    """For each tile that aligned calls get, one of them: causal, and its length."""
-    found: dict[tuning.Tile, tuple[bool, int]] = {}
-    for length in sorted({_SEQLEN, *(rule.min_seqlen_k for rule in rules if rule.min_seqlen_k)}):
-        for causal in (True, False):
-            call = causal, length, flash.triton_version(), True
-            found.setdefault(next(rule.tile for rule in rules if rule.applies(*call)), (causal, length))
+def _calls_by_tile(rules: tuple[tuning.Rule, ...]) -> dict[tuning.Tile, tuple[bool, int, bool]]:
+    """For each tile that aligned calls get, one of them: causal, its length, and whether TMA can bring the tiles."""
+    found: dict[tuning.Tile, tuple[bool, int, bool]] = {}
+    lengths = sorted({_SEQLEN, *(rule.min_seqlen_k for rule in rules if rule.min_seqlen_k)})
+    for by_tma, length, causal in itertools.product((True, False), lengths, (True, False)):
+        call = causal, length, flash.triton_version(), True, by_tma
+        found.setdefault(next(rule.tile for rule in rules if rule.applies(*call)), (causal, length, by_tma))
     return found
 
 
@@ -279,8 +284,9 @@ def _calls_by_tile(rules: tuple[tuning.Rule, ...]) -> dict[tuning.Tile, tuple[bo
 
 
 def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
-    """Compile one case and return its record: the tile it runs with and its `Footprint`; of a Gluon kernel also whether
-    it copies with TMA, what ptxas says of wgmma instructions that it made wait, and `stray_barriers`."""
+    """Compile one case and return its record: the tile it runs with and its `Footprint`; of one that is given TMA
+    descriptors also whether it copies with TMA and what ptxas says of wgmma instructions that it made wait; of a Gluon
+    kernel `stray_barriers`."""
     from regard.bench.cross_compile import (
         barrier_offsets,
         compile_launch,
@@ -301,8 +307,9 @@ def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
     record = {"tile": f"{block} w{compiled.metadata.num_warps} s{stages}", **footprint(compiled, arch)._asdict()}
     if not gated.products:
         record["products"] = False
-    if kernel.is_gluon():
+    if any(hasattr(argument, "block_shape") for argument in arguments.values()):
         record |= {"tma": has_tma(compiled), "serialized": wgmma_serializations(compiled, arch)}
+    if kernel.is_gluon():
         record["stray_barriers"] = stray_barriers(barrier_offsets(compiled))
     return record
 

@@ -20,7 +20,7 @@ def power_of_two(value):
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_every_call_has_a_tile(table, entry):
     flags = (False, True)
-    for call in itertools.product(flags, (0, 1, 512, 2**20), [*TRITON_VERSIONS, (4, 0)], flags):
+    for call in itertools.product(flags, (0, 1, 512, 2**20), [*TRITON_VERSIONS, (4, 0)], flags, flags):
         assert isinstance(tuning.select_tile(TABLES[table], *entry, *call), tuning.Tile)
 
 
@@ -32,7 +32,7 @@ def test_the_table_has_no_entry_that_nothing_asks_for(table):
 @pytest.mark.parametrize(("table", "entry", "rule"), RULES, ids=str)
 def test_every_rule_is_the_first_that_applies_somewhere(table, entry, rule):
     rules = TABLES[table][entry]
-    calls = itertools.product((False, True), {512, rule.min_seqlen_k}, TRITON_VERSIONS, (False, True))
+    calls = itertools.product((False, True), {512, rule.min_seqlen_k}, TRITON_VERSIONS, (False, True), (False, True))
     assert any(next((r for r in rules if r.applies(*call)), None) is rule for call in calls)
 
 
@@ -45,6 +45,14 @@ def test_tiles_are_what_a_kernel_can_be_launched_with(table, entry, rule):
     assert 1 <= tile.num_warps <= 16
     assert 0 <= tile.num_stages <= 5
     assert tile.block_n % tile.row_sums == 0
+
+
+@pytest.mark.parametrize(("table", "entry", "rule"), RULES, ids=str)
+def test_a_tile_is_by_tma_only_where_the_call_and_the_gpu_can(table, entry, rule):
+    arch, _, _ = entry
+    assert not rule.tile.by_tma or arch in ("sm90", "sm100", "sm120")
+    calls = itertools.product((False, True), (512,), TRITON_VERSIONS, (False, True))
+    assert not any(tuning.select_tile(TABLES[table], *entry, *call).by_tma for call in calls)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.backends import tma
 from regard.backends.launch import (
     Launch,
     PlainCalls,
@@ -146,7 +147,7 @@ def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor
     """
     from regard.kernels.forward import attention_forward
 
-    tile = _tile(config, tuning.FORWARD, _aligned(inputs.k) and _aligned(inputs.v))
+    tile = _tile(config, tuning.FORWARD, _aligned(inputs.k) and _aligned(inputs.v), _suits_tma(config, inputs[:3]))
     arguments = dict(
         **_score_arguments(config, inputs),
         **_tile_arguments(config, tile, config.seqlen_k % tile.block_n != 0),
@@ -250,12 +251,14 @@ def backward_launches(
             WIDE=_wide(inputs, grad_out),
         )
 
-    aligned = _all_aligned(inputs, grad_out)
-    tile = _tile(config, tuning.BACKWARD_KEYS, aligned)
+    # Around a bias ptxas serialises the wgmma of these tiles, and around dropout it spills more.
+    alone = config.mask_shape is None and config.bias_shape is None and config.dropout_p == 0
+    kinds = _all_aligned(inputs, grad_out), alone and _suits_tma(config, (*inputs[:3], grad_out))
+    tile = _tile(config, tuning.BACKWARD_KEYS, *kinds)
     cut = config.seqlen_k % tile.block_n != 0 or config.seqlen_q % tile.block_m != 0
     programs = -(-config.seqlen_k // tile.block_n) * config.batch * config.heads_kv
     keys = _launch(backward_keys, programs, arguments(tile, cut), tile)
-    tile = _tile(config, tuning.BACKWARD_QUERIES, aligned)
+    tile = _tile(config, tuning.BACKWARD_QUERIES, *kinds)
     programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q
     cut = config.seqlen_k % tile.block_n != 0
     return [keys, _launch(backward_queries, programs, arguments(tile, cut), tile)]
@@ -278,7 +281,7 @@ def bias_launch(
     from regard.kernels.backward_bias import backward_bias
 
     batch, heads, rows, seqlen_k = dbias.shape
-    tile = _tile(config, tuning.BACKWARD_QUERIES, _all_aligned(inputs, grad_out))._replace(num_stages=1)
+    tile = _tile(config, tuning.BACKWARD_QUERIES, _all_aligned(inputs, grad_out), False)._replace(num_stages=1)
     arguments = dict(
         **_score_arguments(config, inputs),
         **_tile_arguments(config, tile, True),
@@ -321,10 +324,32 @@ def _summed_over_keys(inputs: AttentionInputs, row_lse: Tensor, delta: Tensor, g
 def _launch(kernel: Any, programs: int, arguments: Mapping[str, Any], tile: tuning.Tile) -> Launch:
     """A launch with those of the arguments that the kernel has."""
     wanted = {name: arguments[name] for name in kernel.arg_names}
+    if tile.by_tma:
+        for name, rows, columns in _TILES:
+            if name in wanted:
+                view, block = tma.by_head(wanted[name]), (1, 1, wanted[rows], wanted[columns])
+                wanted[name] = tma.descriptor(wanted[name], view, block)
     return Launch(kernel, programs, wanted, dict(num_warps=tile.num_warps, num_stages=tile.num_stages))
 
 
-def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool) -> tuning.Tile:
+_TILES = (
+    ("q_ptr", "BLOCK_M", "BLOCK_D"),
+    ("grad_out_ptr", "BLOCK_M", "BLOCK_DV"),
+    ("k_ptr", "BLOCK_N", "BLOCK_D"),
+    ("v_ptr", "BLOCK_N", "BLOCK_DV"),
+)
+"""What TMA brings, in tiles of so many rows and columns."""
+
+
+def _suits_tma(config: AttentionConfig, tensors: Sequence[Tensor]) -> bool:
+    """Whether TMA can bring tiles of these: it makes zeros of what lies outside of a tensor, but not of rows that lie
+    inside past the end of a sequence and may hold NaN.
+    """
+    ends_with_tensor = not config.varlen and not config.kv_lens and config.page_size is None
+    return ends_with_tensor and all(map(tma.is_readable, tensors))
+
+
+def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool, by_tma: bool) -> tuning.Tile:
     left, right = bounded_band(config)
     return tuning.select_tile(
         table,
@@ -335,6 +360,7 @@ def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool) -> tu
         config.seqlen_k if left is None or right is None else min(config.seqlen_k, left + right + 1),
         triton_version(),
         aligned,
+        by_tma,
     )
 
 

@@ -75,8 +75,9 @@ def source_of(kernel: Any, arguments: Mapping[str, Any], arch: str) -> ASTSource
             if arch.startswith("gfx"):  # as the JIT does for tensors below 2 GiB: selects buffer loads
                 attributes[path].append(["tt.pointer_range", 32])
             return "*" + TYPE_NAMES[value.dtype]
-        if hasattr(value, "block_shape"):  # a TMA descriptor: only Gluon launches have them
-            return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
+        if hasattr(value, "block_shape"):  # a TMA descriptor, of Gluon launches with a layout
+            layout = f",{value.layout!r}" if kernel.is_gluon() else ""
+            return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}{layout}>"
         if isinstance(value, float):
             return "fp32"
         if looked_at and value % 16 == 0:
