@@ -568,11 +568,8 @@ def finish_queries(
     place = tl.program_id(0) // 2
     if cu_seqlens_q_ptr is None:
         blocks = tl.cdiv(seqlen_q, BLOCK_M)
-        head = place // blocks % heads
-        sequence = place // blocks // heads
-        start = sequence * seqlen_q
-        length = seqlen_q
-        block = place % blocks
+        head, sequence = place // blocks % heads, place // blocks // heads
+        start, length, block = sequence * seqlen_q, seqlen_q, place % blocks
     else:  # see `blocks_of_sums` and `first_sum`
         blocks = total_q // BLOCK_M + batch
         head = place // blocks
