@@ -11,7 +11,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -24,6 +23,7 @@ from regard.kernels.hopper_pipeline import (
     clear_rows,
     copy_out,
     leave_counters,
+    make_companion,
     make_ring,
     matrix,
     no_sequences,
@@ -76,7 +76,7 @@ class Call:
     values: Ring
     records: Ring
     out_tiles: gl.shared_memory_descriptor
-    clean: gl.shared_memory_descriptor
+    clean: Ring
     HEAD_DIM_V: gl.constexpr
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
@@ -391,8 +391,8 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
             if WARPGROUP == 0:
                 call.values.wait(step)
                 clear_rows(matrix(call.values.tile(step)), length_k - (high - 1) * call.BLOCK_N)
-                mbarrier.arrive(call.clean, count=1)
-            mbarrier.wait(call.clean, tile & 1)
+                call.clean.publish(tile)
+            call.clean.wait(tile)
         step = skip_blocks(call, step, high - my_high, WARPGROUP)
 
         # The first tile's scores have no product of weights and values to overlap with.
@@ -509,8 +509,10 @@ def attention_forward(
     values = make_ring(stages_for(v_desc, VALUE_STAGES), VALUE_STAGES, 1, WARPGROUPS)
     record_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     records = make_ring(gl.allocate_shared_memory(gl.int32, [2, RECORD], record_layout), 2, 1, WARPGROUPS)
-    clean = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(clean, count=1)
+    clean = records
+    if cu_seqlens_q_ptr is not None or kv_lens_ptr is not None:
+        # Says that a tile's last values are cleared; who clears them may be a tile ahead of who waits for that.
+        clean = make_companion(records, records.tiles, 1)
     out_tiles = queries.tiles if SHARE_Q else stages_for(out_desc, WARPGROUPS)
     fence_async_shared()
     call = Call(
@@ -529,4 +531,3 @@ def attention_forward(
              (load_tiles, (call,))],
             [4, 4, 1], [160, 160, 24],
         )  # fmt: skip
-    mbarrier.invalidate(clean)
