@@ -292,12 +292,14 @@ def test_forward_tiles_fit_in_shared_memory(head_dim):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim_has_a_tile_that_a_multiprocessor_holds(head_dim):
     flags = (False, True)
-    for causal, seqlen_k, raw in itertools.product(flags, (1, 1024, 1025, 2048, 2049, 2**20), flags):
-        tile = hopper_tuning.forward_tile(head_dim, head_dim, causal, seqlen_k, raw)
+    lengths = 1, 1024, 1025, 2048, 2049, 2**20
+    for causal, seqlen_k, raw, rows in itertools.product(flags, lengths, flags, (1, 128, 129)):
+        tile = hopper_tuning.forward_tile(head_dim, head_dim, causal, seqlen_k, raw, rows)
         warpgroups = tile.block_m // hopper_tuning.ROWS
         assert tile.block_m % hopper_tuning.ROWS == 0 and warpgroups in (2, 3), "the kernel specializes into 2 or 3"
         assert (warpgroups + 1) * 128 * tile.max_registers <= 65536, "with the loading warp's group"
         assert tile.key_stages >= 2 and tile.value_stages >= 2, "a product overlaps with the next tile's softmax"
+        assert rows > 128 or warpgroups == 2, "a third would have nothing to do"
 
 
 PACKS = {1: 1, 2: 2, 3: 1, 4: 4, 5: 1, 6: 2, 7: 1, 8: 8, 9: 1, 10: 2, 11: 1, 12: 4, 128: 64}

@@ -1,4 +1,4 @@
-"""The Hopper forward, whole, without a GPU, role by role. See `gluon_on_cpu.py`."""
+"""The Hopper forward, whole, without a GPU: role by role, and in splits with their merge. See `gluon_on_cpu.py`."""
 
 import dataclasses
 import itertools
@@ -13,12 +13,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from gluon_on_cpu import HOPPER, PATIENCE, Registers, arguments_on_cpu, plain, run_programs
+from gluon_on_cpu import HOPPER, INTEGERS, PATIENCE, Registers, arguments_on_cpu, plain, run_programs
 
 import regard
 from regard import AttentionConfig, AttentionInputs
 from regard.backends import hopper
+from regard.bench.cross_compile import meta_inputs
+from regard.kernels import hopper_forward, hopper_tuning
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = AttentionConfig(
     batch=2, seqlen_q=100, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda",
     arch="sm90",
@@ -91,7 +94,7 @@ FORWARD = HOPPER | dict(
 )  # fmt: skip
 
 
-# --- The kernel
+# --- The kernel, in whole and in splits
 
 
 def random_inputs(called, **others):
@@ -127,18 +130,40 @@ def expected(called, given):
     return regard.attention(q, k, v, kv_lens=given.kv_lens, **options)
 
 
-def results_on_cpu(called, given, multiprocessors=3):
-    """Out and lse as the kernel finds them."""
+def results_on_cpu(called, given, splits=None, multiprocessors=3):
+    """Out and lse as the kernel finds them, or those of so many splits of the keys, merged."""
     out = torch.full((*given.q.shape[:-1], called.head_dim_v), math.nan)
     lse = torch.full((*given.q.shape[:-3], called.heads_q, given.q.shape[-3]), math.nan)
+    parts = None if splits is None else nothing_yet(called, splits)
     counter = torch.zeros(2, dtype=torch.int32)
-    launch = hopper.forward_launch(called, given, out, lse, counter, multiprocessors)
+    launch = hopper.forward_launch(called, given, out, lse, counter, multiprocessors, parts)
     start, arguments = plain(launch.kernel, **FORWARD), arguments_on_cpu(launch)
     _turns.clear()
     run_programs(lambda: start(**arguments), launch.programs)
     assert not counter.any(), "as the next launch needs them"
     assert not any(turn._value for turn in _turns.values()), "every turn that is passed is taken"
-    return out, lse
+    if parts is None:
+        return out, lse
+    assert out.isnan().all() and lse.isnan().all(), "that is left to the merge"
+    return merged(*parts, given.sinks)
+
+
+def nothing_yet(called, splits):
+    """Parts that are not written yet, see `hopper.new_parts`."""
+    rows = splits, called.batch, called.seqlen_q
+    out, lse = torch.empty(*rows, called.heads_q, called.head_dim_v), torch.empty(called.heads_q, *rows)
+    return out.fill_(math.nan), lse.fill_(math.nan)
+
+
+def merged(out, lse, sinks):
+    """Out and lse from those of the splits. Where one saw no key, its out counts for nothing."""
+    lse = lse.permute(1, 2, 0, 3)
+    outs = list(out.masked_fill(lse.transpose(2, 3)[..., None].isneginf(), 0.0))
+    lses = list(lse)
+    if sinks is not None:
+        outs.append(torch.zeros_like(outs[0]))
+        lses.append(sinks[:, None].expand_as(lses[0]))
+    return regard.merge(outs, lses)
 
 
 def check(found, truth):
@@ -158,18 +183,23 @@ CALLS = {
     "head dims": config(192, 128, heads_q=2),
     "everything": config(window=(150, 3), softcap=2.0, alibi=True, sinks=True, heads_q=6),
 }
+SPLITS = pytest.mark.parametrize("splits", [None, 2, 3], ids=["whole", "2 splits", "3 splits"])
 
 
+@SPLITS
 @pytest.mark.parametrize("call", CALLS)
-def test_results(call):
+def test_results(call, splits):
     called = CALLS[call]
+    if call == "plain, wide" and splits == 3:
+        pytest.skip("splits: got 3, needs at most 2 for two blocks of keys of which all are seen")
     given = random_inputs(called)
-    check(results_on_cpu(called, given), expected(called, given))
+    check(results_on_cpu(called, given, splits), expected(called, given))
 
 
+@SPLITS
 @pytest.mark.parametrize("options", [{}, dict(causal=True), dict(window=(140, None), sinks=True)],
                          ids=["plain", "causal", "window and sinks"])  # fmt: skip
-def test_keys_past_kv_lens(options):
+def test_keys_past_kv_lens(options, splits):
     """What lies there is not looked at, were it not a number."""
     called = config(batch=4, kv_lens=True, seqlen_q=5, **options)
     lengths = (0, 1, 130, 300)
@@ -177,7 +207,7 @@ def test_keys_past_kv_lens(options):
     truth = expected(called, given)
     for sequence, length in enumerate(lengths):
         given.k[sequence, length:] = given.v[sequence, length:] = math.nan
-    check(results_on_cpu(called, given), truth)
+    check(results_on_cpu(called, given, splits), truth)
 
 
 def test_results_of_packed_sequences():
@@ -199,3 +229,117 @@ def test_a_warpgroup_that_lags_behind(monkeypatch):
     called = config(batch=5, seqlen_k=100, causal=True, kv_lens=True)
     given = random_inputs(called, kv_lens=torch.full((5,), 60, dtype=torch.int32))
     check(results_on_cpu(called, given, multiprocessors=1), expected(called, given))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 128])
+def test_splits_share_the_blocks(splits):
+    split_blocks = plain(hopper_forward.split_blocks, gl=INTEGERS)
+    for low, high in itertools.product((0, 3), (3, 4, 10, 131, 2**24)):
+        shares = [split_blocks(split, splits, low, high) for split in range(splits)]
+        assert shares[0][0] == low and shares[-1][1] == high
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(shares))
+        sizes = [stop - start for start, stop in shares]
+        assert max(sizes) - min(sizes) <= 1 and max(stop for _, stop in shares) * splits < 2**31 + 2**28
+
+
+# --- How many splits there are, and how they are merged
+
+
+@pytest.mark.parametrize(
+    "tiles, keys, splits",
+    [
+        (8, 65536, 16),  # 128 programs
+        (1, 2**20, 128),
+        (66, 65536, 2),
+        (67, 65536, 1),  # more than half of the device has something to do
+        (132, 65536, 1),
+        (5000, 65536, 1),
+        (8, 4096, 8),
+        (8, 2048, 4),
+        (8, 2047, 1),
+        (1, 0, 1),
+        (0, 4096, 1),
+    ],
+)
+def test_number_of_splits(tiles, keys, splits):
+    assert hopper_tuning.key_splits(tiles, keys, 132) == splits
+
+
+def parts_of(**options):
+    sizes = dict(batch=1, seqlen_q=1, seqlen_k=16384, heads_q=32, heads_kv=8)
+    called = dataclasses.replace(CONFIG, **{**sizes, "head_dim": 128, "head_dim_v": 128, **options})
+    return called, hopper.new_parts(called, torch.empty(1, dtype=torch.bfloat16, device="meta"), 132)
+
+
+@pytest.mark.parametrize(
+    "options, splits",
+    [
+        ({}, 16),
+        (dict(batch=4), 4),
+        (dict(batch=16), 1),
+        (dict(kv_lens=True, causal=True, seqlen_q=4), 16),
+        (dict(heads_kv=4), 32),
+        (dict(head_dim_v=64), 16),
+        (dict(seqlen_q=33), 8),  # 132 rows of the heads that share keys: two tiles
+        (dict(window=(3000, 0)), 5),  # a tile sees 3001 keys
+        (dict(window=(3000, None)), 16),  # and here all of those to the right of it
+        (dict(window=(2046, None), causal=True), 1),
+        (dict(window=(2047, None), causal=True), 4),
+        (dict(varlen=True, total_q=1, total_k=16384), 1),
+    ],
+)
+def test_which_calls_are_split(options, splits):
+    called, parts = parts_of(**options)
+    if splits == 1:
+        assert parts is None
+        return
+    out, lse = parts
+    assert out.shape == (splits, called.batch, called.seqlen_q, called.heads_q, called.head_dim_v)
+    assert lse.shape == (called.heads_q, splits, called.batch, called.seqlen_q)
+    assert out.dtype == lse.dtype == torch.float32 and out.is_contiguous() and lse.is_contiguous()
+
+
+def test_what_the_launches_of_a_split_call_say():
+    called, parts = parts_of(sinks=True, batch=2)
+    given = meta_inputs(called)
+    out, lse = torch.empty_like(given.q), given.q.new_empty((2, 32, 1), dtype=torch.float32)
+    counter = given.q.new_empty(2, dtype=torch.int32)
+    split = hopper.forward_launch(called, given, out, lse, counter, 132, parts)
+    assert (split.programs, split.arguments["splits"], split.arguments["total_q"]) == (2 * 8 * 8, 8, 8 * 2)
+    assert split.arguments["out_ptr"] is parts[0] and split.arguments["lse_ptr"] is parts[1]
+    assert split.arguments["sinks_ptr"] is None, "they would enter once a split"
+    merge = hopper.merge_launch(called, given, parts, out, lse)
+    assert merge.arguments["sinks_ptr"] is given.sinks and merge.programs == 2 * 32
+    whole = hopper.forward_launch(called, given, out, lse, counter, 132)
+    assert whole.arguments["splits"] is None and whole.arguments["sinks_ptr"] is given.sinks
+    assert whole.programs == 2 * 8
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
+@pytest.mark.parametrize("splits", [2, 17, 128])
+def test_merge(splits, sinks):
+    called = config(40, batch=2, seqlen_q=3, sinks=sinks, dtype=torch.float32)
+    given = random_inputs(called)
+    out, lse = nothing_yet(called, splits)
+    generator = torch.Generator().manual_seed(1)
+    out.normal_(generator=generator), lse.normal_(std=3.0, generator=generator)
+    lse[torch.rand(lse.shape, generator=generator) < 0.5] = -math.inf
+    lse[1, :, 0, 2] = -math.inf
+    lse[2, 0, 1, 1], lse[2, 1:, 1, 1] = 500.0, -500.0
+    out.masked_fill_(lse.permute(1, 2, 3, 0)[..., None].isneginf(), math.nan)
+    found = torch.full((2, 3, 4, 40), math.nan, device=DEVICE), torch.full((2, 4, 3), math.nan, device=DEVICE)
+    on_device = given._replace(sinks=given.sinks.to(DEVICE) if sinks else None)
+    hopper.merge_launch(called, on_device, (out.to(DEVICE), lse.to(DEVICE)), *found).run(found[0].device)
+    truth = merged(out.double(), lse.double(), given.sinks)
+    assert sinks or (truth[0][0, 2, 1].eq(0).all() and truth[1][0, 1, 2] == -math.inf), "no key was seen"
+    check([each.cpu() for each in found], truth)
+
+
+def test_what_is_no_number_stays_none():
+    called = config(8, batch=1, seqlen_q=1, heads_q=3, heads_kv=1, dtype=torch.float32)
+    out, lse = (part.fill_(1.0).to(DEVICE) for part in nothing_yet(called, 3))
+    lse[0, 1], out[1, 0, 0, 1] = math.nan, math.nan
+    found = torch.zeros(1, 1, 3, 8, device=DEVICE), torch.zeros(1, 3, 1, device=DEVICE)
+    hopper.merge_launch(called, random_inputs(called), (out, lse), *found).run(found[0].device)
+    assert found[0].isnan().all(3).flatten().tolist() == [True, True, False]
+    assert found[1].isnan().flatten().tolist() == [True, False, False]

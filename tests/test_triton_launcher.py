@@ -223,6 +223,36 @@ def test_shortcuts_say_the_same(machine, backend, layout, change, monkeypatch):
     said_the_same(first, is_long=True)
 
 
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
+def test_split_keys_are_two_launches_in_every_way(machine, monkeypatch, sinks):
+    """The sinks of the second are not there for the first."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    q, k, v = (memory(B * rows * heads * D).view(B, rows, heads, D) for rows, heads in ((1, H), (4096, HK), (4096, HK)))
+    config = dataclasses.replace(CONFIG, seqlen_q=1, seqlen_k=4096, sinks=sinks, q_strides=q.stride(),
+                                 k_strides=k.stride(), v_strides=v.stride())  # fmt: skip
+    inputs = AttentionInputs(q, k, v, sinks=torch.zeros(H) if sinks else None)
+    results, parts = (torch.empty_like(q), torch.empty(B, H, 1)), hopper.new_parts(config, q, 132)
+    monkeypatch.setattr(hopper, "allocate", lambda *like: parts)
+    monkeypatch.setattr(hopper, "new_results", lambda *call: results)
+    monkeypatch.setattr(launch, "allocate", lambda *like: results)
+    backend = hopper.HopperBackend()
+    shortcut = backend.shortcut(config, "bshd")
+    for _ in range(2):
+        backend.forward(config, inputs)
+    assert len(repetitions(config)) == 2 and all(known._direct is not None for known in repetitions(config))
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_launcher.DirectLaunch, "is_watched", lambda self: True)
+        backend.forward(config, inputs)
+    if not sinks:
+        for _ in range(2):
+            shortcut(q, k, v)
+    split, merge = machine.said[:2]
+    assert parts[0].data_ptr() in split and results[0].data_ptr() not in split
+    assert {parts[0].data_ptr(), results[0].data_ptr()} <= set(merge)
+    assert sinks == (inputs.sinks is not None and inputs.sinks.data_ptr() in merge)
+    assert machine.said == [split, merge] * (len(machine.said) // 2) and len(machine.said) == (4 if sinks else 8)
+
+
 BACKWARDS = {
     "hopper in one pass": ("hopper", {}, 3),
     "hopper in two passes": ("hopper", dict(deterministic=True), 3),

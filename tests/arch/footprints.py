@@ -90,8 +90,22 @@ def _backward(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping
 def _hopper_forward(
     config: AttentionConfig, inputs: AttentionInputs
 ) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-    launch = hopper.forward_launch(config, inputs, *_outputs(config, inputs), _counter(inputs), _MULTIPROCESSORS)
+    launch = hopper.forward_launch(
+        config, inputs, *_outputs(config, inputs), _counter(inputs), _MULTIPROCESSORS, _parts(config, inputs)
+    )
     return launch.kernel, launch.arguments, launch.options
+
+
+def _hopper_merge(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
+    parts = _parts(config, inputs)
+    assert parts is not None, "its keys are split"
+    launch = hopper.merge_launch(config, inputs, parts, *_outputs(config, inputs))
+    return launch.kernel, launch.arguments, launch.options
+
+
+def _parts(config: AttentionConfig, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What the splits of the keys pass on to their merge."""
+    return hopper.new_parts(config, inputs.q, _MULTIPROCESSORS)
 
 
 def _hopper_backward(
@@ -139,6 +153,7 @@ KERNELS = {
     "backward-queries": Kernel(tuning.BACKWARD_QUERIES, _backward(1)),
     "backward-bias": Kernel({}, _backward(2)),
     "hopper-forward": Kernel({}, _hopper_forward),
+    "hopper-merge": Kernel({}, _hopper_merge, products=False),
     "hopper-backward": Kernel({}, _hopper_backward),
     "hopper-backward-finish": Kernel({}, _hopper_finish, products=False),
     "hopper-backward-keys": Kernel({}, _hopper_two_pass(0)),
@@ -178,6 +193,15 @@ HEAD_DIMS: dict[str, dict[str, Any]] = {
 _HOPPER_EVERYTHING: dict[str, Any] = dict(
     varlen=True, total_q=_ODD, total_k=_ODD, heads_kv=2, window=(128, 64), alibi=True, sinks=True
 )
+_DECODE: dict[str, Any] = dict(seqlen_q=1, seqlen_k=8192, heads_kv=2, kv_lens=True)
+_HOPPER_SPLITS: list[tuple[str, dict[str, Any]]] = [
+    ("d64 split", dict(head_dim=64, seqlen_q=1, seqlen_k=8192, heads_kv=2)),
+    ("d64 split causal k2048", dict(head_dim=64, heads_q=2, heads_kv=2, causal=True, seqlen_q=2048, seqlen_k=2048)),
+    ("d128 split", dict(head_dim=128, **_DECODE)),
+    ("d192-dv128 split", dict(head_dim=192, head_dim_v=128, causal=True, **_DECODE)),
+    ("d256 split", dict(head_dim=256, **_DECODE)),
+    ("d128 split everything", dict(head_dim=128, softcap=30.0, window=(8000, 64), alibi=True, sinks=True, **_DECODE)),
+]
 _HOPPER_TWO_PASSES: list[tuple[str, dict[str, Any]]] = [
     ("d128 deterministic", dict(head_dim=128, causal=True, deterministic=True)),
     ("d128 softcap", dict(head_dim=128, softcap=30.0)),
@@ -198,7 +222,9 @@ HOPPER_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("d192-dv128", dict(head_dim=192, head_dim_v=128, causal=True)),
         ("d256 causal", dict(head_dim=256, causal=True)),
         ("d128 everything", dict(head_dim=128, softcap=30.0, **_HOPPER_EVERYTHING)),
+        *_HOPPER_SPLITS,
     ],
+    "hopper-merge": [_HOPPER_SPLITS[0], *_HOPPER_SPLITS[4:]],
     "hopper-backward": [
         ("d64 plain", dict(head_dim=64)),
         ("d64 causal", dict(head_dim=64, causal=True)),

@@ -22,6 +22,7 @@ from regard.backends.flash import (
 from regard.backends.launch import (
     Launch,
     PlainCalls,
+    allocate,
     appearance,
     launch_or_repeat,
     new_results,
@@ -92,15 +93,18 @@ class HopperBackend:
         if not tma.are_readable(looks[:3]):
             inputs = _all_readable_by_tma(inputs)
         with on_device(device):
-            counter = _counter(device)
-            tensors = (*inputs[:3], out, out, lse, counter, _contiguous(inputs.sinks), *_shared_tensors(config, inputs))
-            launch_or_repeat(
-                config.prepared,
-                key,
-                dict(zip(_FORWARD_TENSORS, tensors, strict=True)),
-                lambda: [forward_launch(config, inputs, out, lse, counter, _multiprocessors(device))],
-                device,
-            )
+            counter, multiprocessors = _counter(device), _multiprocessors(device)
+            parts = new_parts(config, inputs.q, multiprocessors)
+            tensors = (
+                *inputs[:3], out, *(parts or (out, lse)), counter, out, lse, _contiguous(inputs.sinks),
+                *_shared_tensors(config, inputs),
+            )  # fmt: skip
+
+            def launches() -> list[Launch]:
+                made = [forward_launch(config, inputs, out, lse, counter, multiprocessors, parts)]
+                return made if parts is None else [*made, merge_launch(config, inputs, parts, out, lse)]
+
+            launch_or_repeat(config.prepared, key, dict(zip(_FORWARD_TENSORS, tensors, strict=True)), launches, device)
         return out, lse
 
     def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
@@ -108,10 +112,12 @@ class HopperBackend:
         if any(each is None or not tma.strides_suit(each, config.dtype.itemsize) for each in strides):
             return None
         others = (None,) * (1 + len(_SHARED_TENSORS))
-        return PlainCalls(
-            self.forward, config, layout, _forward_key,
-            lambda q, k, v, out, lse: (q, k, v, out, out, lse, _counter(q.device), *others),
-        )  # fmt: skip
+
+        def arguments(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Sequence[Tensor | None]:
+            parts = new_parts(config, q, _multiprocessors(q.device)) or (out, lse)
+            return q, k, v, out, *parts, _counter(q.device), out, lse, *others
+
+        return PlainCalls(self.forward, config, layout, _forward_key, arguments)
 
     @torch.no_grad()
     def backward(
@@ -172,12 +178,64 @@ def _forward_key(inputs: AttentionInputs) -> tuple[Any, ...]:
 
 _SHARED_TENSORS = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr", "alibi_ptr")
 _FORWARD_TENSORS = (
-    "q_desc", "k_desc", "v_desc", "out_desc", "out_ptr", "lse_ptr", "counter_ptr", "sinks_ptr", *_SHARED_TENSORS
+    "q_desc", "k_desc", "v_desc", "out_desc", "out_ptr", "lse_ptr", "counter_ptr", "merged_ptr", "merged_lse_ptr",
+    "sinks_ptr", *_SHARED_TENSORS,
 )  # fmt: skip
+"""What the forward kernel and the merge of its splits take, by the names of their arguments."""
+
+
+def new_parts(config: AttentionConfig, q: Tensor, multiprocessors: int) -> tuple[Tensor, Tensor] | None:
+    """Memory for out and lse of every split of the keys, as `attention_forward` has them; None where keys are whole."""
+    key = new_parts, q.device, multiprocessors
+    if key not in config.prepared:
+        config.prepared[key] = _parts_without_memory(config, q, multiprocessors)
+    found: tuple[Tensor, Tensor] | None = config.prepared[key]
+    return None if found is None else allocate(*found)
+
+
+def _parts_without_memory(config: AttentionConfig, q: Tensor, multiprocessors: int) -> tuple[Tensor, Tensor] | None:
+    if config.varlen:
+        return None
+    tile, pack = _forward_tile(config)
+    keys = config.seqlen_k
+    left, right = bounded_band(config)
+    if left is not None and right is not None:
+        keys = min(keys, left + right + min(config.seqlen_q, tile.block_m // pack))
+    splits = hopper_tuning.key_splits(_query_tiles(config, tile, pack), keys, multiprocessors)
+    if splits == 1:
+        return None
+    rows, one = (splits, config.batch, config.seqlen_q), q.new_empty((), dtype=torch.float32)
+    return one.expand(*rows, config.heads_q, config.head_dim_v), one.expand(config.heads_q, *rows)
+
+
+def _forward_tile(config: AttentionConfig) -> tuple[hopper_tuning.HopperTile, int]:
+    """Tile of the forward, and how many heads share it: as many of one key/value head as a power of two allows."""
+    group = config.heads_q // config.heads_kv
+    pack = min(group & -group, hopper_tuning.ROWS)
+    _, right = bounded_band(config)
+    raw = config.softcap == 0 and not config.alibi
+    tile = hopper_tuning.forward_tile(
+        config.head_dim, config.head_dim_v, right is not None, config.seqlen_k, raw, config.seqlen_q * pack
+    )
+    return tile, pack
+
+
+def _query_tiles(config: AttentionConfig, tile: hopper_tuning.HopperTile, pack: int) -> int:
+    """Of all heads; packed sequences may have fewer."""
+    positions = tile.block_m // pack
+    if config.varlen:
+        return config.heads_q // pack * (-(-(config.total_q or 0) // positions) + config.batch)
+    return config.batch * (config.heads_q // pack) * -(-config.seqlen_q // positions)
 
 
 def forward_launch(
-    config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor, counter: Tensor, multiprocessors: int
+    config: AttentionConfig,
+    inputs: AttentionInputs,
+    out: Tensor,
+    lse: Tensor,
+    counter: Tensor,
+    multiprocessors: int,
+    parts: tuple[Tensor, Tensor] | None = None,
 ) -> Launch:
     """The forward kernel's launch for one call.
 
@@ -187,14 +245,11 @@ def forward_launch(
         lse: contiguous fp32, (B, Hq, Sq) or (Hq, total_q).
         counter: int32 (2,), two zeros that the launch leaves as zeros.
         multiprocessors: of the device; as many programs stay resident.
+        parts: of `new_parts`: where they are given, they are filled instead of out and lse, for `merge_launch`.
     """
     from regard.kernels.hopper_forward import attention_forward
 
-    _, right = bounded_band(config)
-    raw = config.softcap == 0 and not config.alibi
-    tile = hopper_tuning.forward_tile(config.head_dim, config.head_dim_v, right is not None, config.seqlen_k, raw)
-    group = config.heads_q // config.heads_kv
-    pack = min(group & -group, hopper_tuning.ROWS)  # as many heads of one key/value head as a power of two allows
+    tile, pack = _forward_tile(config)
     heads = config.heads_q // pack
     block_d, block_dv = (tuning.padded_head_dim(d) for d in (config.head_dim, config.head_dim_v))
     key_bytes = config.seqlen_k * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
@@ -211,6 +266,7 @@ def forward_launch(
         heads=heads,
         group=heads // config.heads_kv,
         section=_heads_in_turn(config, key_bytes, _CAUSAL_SECTION_HEADS) * (heads // config.heads_kv),
+        splits=None,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         QUERY_STAGES=tile.query_stages,
@@ -224,13 +280,40 @@ def forward_launch(
         ONE_LOOP=tile.one_loop,
         RESCALE_EARLY=tile.rescale_early,
     )
-    rows = tile.block_m // pack
-    if config.varlen:
-        tiles = heads * (-(-(config.total_q or 0) // rows) + config.batch)
-    else:
-        tiles = config.batch * heads * -(-config.seqlen_q // rows)
+    tiles = _query_tiles(config, tile, pack)
+    if parts is not None:
+        part_out, part_lse = parts
+        splits = len(part_out)
+        tiles *= splits
+        rows = splits * config.batch * config.seqlen_q
+        arguments |= dict(out_ptr=part_out, lse_ptr=part_lse, sinks_ptr=None, splits=splits, total_q=rows)
     options = dict(num_warps=4, maxnreg=tile.max_registers)
     return Launch(attention_forward, min(multiprocessors, tiles), _wanted(attention_forward, arguments), options)
+
+
+def merge_launch(
+    config: AttentionConfig, inputs: AttentionInputs, parts: tuple[Tensor, Tensor], out: Tensor, lse: Tensor
+) -> Launch:
+    """The launch that fills out and lse from the parts of `forward_launch`; the sinks enter here."""
+    from regard.kernels.merge import merge_splits
+
+    part_out, part_lse = parts
+    rows = config.batch * config.seqlen_q
+    arguments = dict(
+        out_ptr=part_out,
+        lse_ptr=part_lse,
+        merged_ptr=out,
+        merged_lse_ptr=lse,
+        sinks_ptr=_contiguous(inputs.sinks),
+        splits=len(part_out),
+        rows=rows,
+        heads=config.heads_q,
+        seqlen_q=config.seqlen_q,
+        HEAD_DIM_V=config.head_dim_v,
+        BLOCK_DV=tuning.padded_head_dim(config.head_dim_v),
+        MOST_SPLITS=hopper_tuning.MOST_SPLITS,
+    )
+    return Launch(merge_splits, rows * config.heads_q, arguments, dict(num_warps=1))
 
 
 def _heads_in_turn(config: AttentionConfig, head_bytes: int, least_causal: int) -> int:

@@ -83,7 +83,11 @@ class Repetition:
         """
         names, values = list(launch.arguments), list(launch.arguments.values())
         assert names == list(launch.kernel.arg_names)
-        self._places = {number: names.index(name) for number, name in enumerate(tensors) if name in names}
+        self._places = {
+            number: names.index(name)
+            for number, name in enumerate(tensors)
+            if launch.arguments.get(name) is not None  # another launch may have what this one lacks
+        }
         self._direct = direct_launch(compiled, launch.programs, values, self._places, device)
         self._launch = compiled[(launch.programs, 1, 1)]
         self._values = [with_tensor(value, None) if hasattr(value, "base") else value for value in values]
@@ -151,22 +155,24 @@ class PlainCalls:
         """Args:
         forward: of the backend; must launch on q, k and v as they are.
         config, layout: of the calls.
-        key: under what ``forward`` keeps the `Repetition` of its one launch.
-        arguments: what that is to be run on, given q, k, v, out and lse, of which only the addresses are right.
+        key: under what ``forward`` keeps the `Repetition` of each launch.
+        arguments: what those are to be run on, given q, k, v, out and lse, of which only the addresses are right.
         """
         self._forward, self._config, self._transposed = forward, config, layout == "bhsd"
         self._key, self._arguments = key, arguments
-        self._known: tuple[Repetition, int | None, Tensor, Tensor] | None = None
+        self._known: tuple[Sequence[Repetition], int | None, Tensor, Tensor] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
         if self._known is None or not aligned:
             return self._long_way(q, k, v, aligned)
-        repetition, device, out_like, lse_like = self._known
+        repetitions, device, out_like, lse_like = self._known
         if torch.cuda.current_device() != device:
             return self._long_way(q, k, v, False)
         out, lse = allocate(out_like, lse_like)
-        repetition.run(self._arguments(q, k, v, out, lse))
+        tensors = self._arguments(q, k, v, out, lse)
+        for repetition in repetitions:
+            repetition.run(tensors)
         return out.transpose(1, 2) if self._transposed else out
 
     def _long_way(self, q: Tensor, k: Tensor, v: Tensor, usual: bool) -> Tensor:
@@ -175,6 +181,5 @@ class PlainCalls:
         inputs = AttentionInputs(q, k, v)
         out, _ = self._forward(self._config, inputs)
         if usual and (found := self._config.prepared.get(self._key(inputs))) is not None:
-            (repetition,) = found
-            self._known = repetition, q.device.index, *results_without_memory(self._config, inputs)
+            self._known = found, q.device.index, *results_without_memory(self._config, inputs)
         return out.transpose(1, 2) if self._transposed else out

@@ -5,6 +5,10 @@ producer warp streams key and value tiles through shared memory; each consumer w
 overlaps the softmax of one key tile with the product of the last tile's weights and values. Programs are persistent:
 the producer fetches the next query tile from a counter in global memory, longest tiles first, and hands its record to
 the consumers through shared memory. A feature whose pointer or bound is None is absent from the compiled kernel.
+
+Where there are too few tiles for the device, each is taken in splits: parts of its key blocks, whose results
+`regard.kernels.merge` weighs (Dao, Haziza, Massa and Sizov 2023, "Flash-Decoding for long-context inference"). They are
+written as packed sequences are, those of the second split after those of the first.
 """
 
 from triton.experimental import gluon
@@ -67,6 +71,7 @@ class Call:
     total_q: optional
     total_k: optional
     section: optional
+    splits: optional
     scale: gl.tensor
     softcap: optional
     window_left: optional
@@ -113,12 +118,23 @@ def key_blocks(first, last, length_q, length_k, window_left, right_reach, BLOCK_
 
 
 @gluon.jit
+def split_blocks(split, splits, low, high):
+    """Of key blocks [low, high), those of a split: all have as many, give or take one."""
+    least = (high - low) // splits
+    more = (high - low) % splits  # splits with one more
+    start = low + split * least + gl.minimum(split, more)
+    return start, low + (split + 1) * least + gl.minimum(split + 1, more)
+
+
+@gluon.jit
 def load_tiles(call):
     """Producer: fetch tiles until there are none left, and stream what each needs through the rings."""
     WARPGROUPS: gl.constexpr = call.BLOCK_M // ROWS
     POSITIONS: gl.constexpr = call.BLOCK_M // call.PACK
     blocks_m = gl.cdiv(call.seqlen_q, POSITIONS)
     total = call.batch * call.heads * blocks_m
+    if call.splits is not None:
+        total *= call.splits
     index = gl.program_id(0)
     if call.cu_seqlens_q_ptr is not None:
         among, before, ends = no_sequences()
@@ -139,9 +155,12 @@ def load_tiles(call):
             blocks_m = gl.cdiv(length_q, POSITIONS)
         else:
             # Sections of heads whose keys and values fit in L2 together; inside, one block of every head in turn.
-            first_head = index // (call.section * blocks_m) * call.section
+            place = index
+            if call.splits is not None:
+                place = index // call.splits
+            first_head = place // (call.section * blocks_m) * call.section
             heads_here = gl.minimum(call.section, call.batch * call.heads - first_head)
-            within = index - first_head * blocks_m
+            within = place - first_head * blocks_m
             block_m = within // heads_here
             sequence = (first_head + within % heads_here) // call.heads
             head = (first_head + within % heads_here) % call.heads
@@ -154,8 +173,18 @@ def load_tiles(call):
         low, _full_low, _full_high, high = key_blocks(
             first, last, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_N
         )
+        start_out = start_q
+        if call.splits is not None:
+            split = index % call.splits
+            start_out = (split * call.batch + sequence) * call.seqlen_q
+            low, high = split_blocks(split, call.splits, low, high)
+            if low == high:
+                # As if there were no keys: one block, which is masked whole.
+                low = 0 * low
+                high = low + 1
+                length_k = 0 * length_k
         # In the order in which `read_record` tells them. A first field of 0 says that there are no more tiles.
-        write_record(call.records, tile, (high, low, first, head, sequence, start_q, length_q, length_k))
+        write_record(call.records, tile, (high, low, first, head, sequence, start_out, length_q, length_k))
 
         plane = sequence
         if call.cu_seqlens_q_ptr is not None:
@@ -191,16 +220,18 @@ def seek_queries(call, index, among, before, ends):
 
 @gluon.jit
 def read_record(records, tile):
-    """Consumer: high, low, first, head, sequence, start_q, length_q and length_k of a tile."""
+    """Consumer: high, low, first, head, sequence, start_out, length_q and length_k of a tile. Its results' first row is
+    ``start_out + first`` where they are packed.
+    """
     high = read_field(records, tile, 0)
     low = read_field(records, tile, 1)
     first = read_field(records, tile, 2)
     head = read_field(records, tile, 3)
     sequence = read_field(records, tile, 4)
-    start_q = read_field(records, tile, 5)
+    start_out = read_field(records, tile, 5)
     length_q = read_field(records, tile, 6)
     length_k = read_field(records, tile, 7)
-    return high, low, first, head, sequence, start_q, length_q, length_k
+    return high, low, first, head, sequence, start_out, length_q, length_k
 
 
 @gluon.jit
@@ -302,7 +333,7 @@ def attend_block(
 @gluon.jit
 def finish_tile(WARPGROUP: gl.constexpr, call, tile, step, p, acc, decay, row_max, row_sum, row):
     """Consumer: the last block's product, and out and lse of 64 query rows. Returns the tile's first key block."""
-    VARLEN: gl.constexpr = call.cu_seqlens_q_ptr is not None
+    PACKED: gl.constexpr = call.cu_seqlens_q_ptr is not None or call.splits is not None
     of_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     out_tile = call.out_tiles.index(WARPGROUP)
     call.values.wait(step)
@@ -310,22 +341,24 @@ def finish_tile(WARPGROUP: gl.constexpr, call, tile, step, p, acc, decay, row_ma
         acc = rescale(acc, gl.convert_layout(decay, of_rows))
     acc = warpgroup_mma(p, matrix(call.values.tile(step)), acc, is_async=True)
 
-    _high, low, first, head, sequence, start_q, length_q, _length_k = read_record(call.records, tile)
+    _high, low, first, head, sequence, start_out, length_q, _length_k = read_record(call.records, tile)
     call.records.release(tile)
     first += WARPGROUP * (ROWS // call.PACK)
     position = first + row // call.PACK
     q_head = head * call.PACK + row % call.PACK
     inverse, lse = finish_softmax(row_max, row_sum, call.sinks_ptr, q_head)
     lse_row = (sequence * (call.heads * call.PACK) + q_head).to(gl.int64) * call.seqlen_q + position
-    if VARLEN:
-        lse_row = q_head.to(gl.int64) * call.total_q + start_q + position
+    if PACKED:
+        lse_row = q_head.to(gl.int64) * call.total_q + start_out + position
     gl.store(call.lse_ptr + lse_row, lse, mask=position < length_q)
 
     acc = warpgroup_mma_wait(0, deps=(acc,))
     call.values.release(step)
-    out = (acc * gl.convert_layout(inverse, of_rows)[:, None]).to(p.dtype)
-    if VARLEN:
-        store_packed_rows(call, out, head, start_q + first, length_q - first)
+    out = acc * gl.convert_layout(inverse, of_rows)[:, None]
+    if call.splits is None:
+        out = out.to(p.dtype)
+    if PACKED:
+        store_packed_rows(call, out, head, start_out + first, length_q - first)
     else:
         tma.store_wait(0)
         matrix(out_tile).store(out)
@@ -335,6 +368,18 @@ def finish_tile(WARPGROUP: gl.constexpr, call, tile, step, p, acc, decay, row_ma
         tma.store_wait(0)
         call.queries.release(tile * (call.BLOCK_M // ROWS) + WARPGROUP)
     return low
+
+
+@gluon.jit
+def within_split(my_low, full_high, my_high, first, length_q, low, high):
+    """Consumer: of the blocks that a warpgroup's rows see, [my_low, my_high), those in [low, high), and where those end
+    that all rows see. There is one at least, for a warpgroup too that sees none of them, or has no rows.
+    """
+    my_high = gl.maximum(gl.minimum(my_high, high), low + 1)
+    if first >= length_q:
+        my_high = low + 1
+    my_low = gl.minimum(gl.maximum(my_low, low), my_high - 1)
+    return my_low, gl.maximum(full_high, my_low), my_high
 
 
 @gluon.jit
@@ -360,7 +405,7 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
     if call.TAKE_TURNS and WARPGROUP == WARPGROUPS - 1:
         pass_turn(WARPGROUP, WARPGROUPS)  # the first is the first warpgroup's
     call.records.wait(tile)
-    high, low, first, head, sequence, _start_q, length_q, length_k = read_record(call.records, tile)
+    high, low, first, head, sequence, _start_out, length_q, length_k = read_record(call.records, tile)
     while high > 0:
         first += WARPGROUP * (ROWS // call.PACK)
         position = first + row // call.PACK
@@ -373,6 +418,8 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
         my_high = gl.minimum(my_high, high)
         if LEFT:
             my_low = gl.minimum(my_low, my_high - 1)
+        if call.splits is not None:
+            my_low, full_high, my_high = within_split(my_low, full_high, my_high, first, length_q, low, high)
         stop = length_k + 0 * position
         if call.right_reach is not None:
             stop = gl.minimum(stop, diagonal + call.right_reach)
@@ -446,7 +493,7 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
             step = skip_blocks(call, step, my_low - low, WARPGROUP)
         tile += 1
         call.records.wait(tile)
-        high, low, first, head, sequence, _start_q, length_q, length_k = read_record(call.records, tile)
+        high, low, first, head, sequence, _start_out, length_q, length_k = read_record(call.records, tile)
     if call.TAKE_TURNS and WARPGROUP == 0:
         await_turn(WARPGROUP)  # the one that was passed last
     tma.store_wait(0)
@@ -463,14 +510,14 @@ def store_packed_rows(call, out, head, first_row, count):
     gl.store(call.out_ptr + place[:, None] * call.HEAD_DIM_V + dim[None, :], out, mask=inside)
 
 
-@gluon.jit(do_not_specialize=SIZES)
+@gluon.jit(do_not_specialize=(*SIZES, "splits"))
 def attention_forward(
     q_desc,  # (B, Hq / PACK, Sq, PACK, D), packed sequences (1, Hq / PACK, total_q, PACK, D)
     k_desc,  # (B, Hk, Sk, D), packed (1, Hk, total_k, D)
     v_desc,  # as k, with Dv
     out_desc,  # as q, with Dv
-    out_ptr,  # the same tensor, contiguous, for packed sequences
-    lse_ptr,  # (B, Hq, Sq), or (Hq, total_q); fp32
+    out_ptr,  # the same tensor, contiguous, for packed sequences; of splits (splits, B, Sq, Hq, Dv), fp32
+    lse_ptr,  # (B, Hq, Sq), or (Hq, total_q), or of splits (Hq, splits, B, Sq); fp32
     counter_ptr,  # two zeros, and zeros again after the launch
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
@@ -482,9 +529,10 @@ def attention_forward(
     group,  # of these, per key/value head
     seqlen_q,
     seqlen_k,
-    total_q,
+    total_q,  # of splits: the rows of a head in lse
     total_k,
     section,  # heads whose keys and values share L2
+    splits,
     scale,
     softcap,
     window_left,
@@ -513,12 +561,12 @@ def attention_forward(
     if cu_seqlens_q_ptr is not None or kv_lens_ptr is not None:
         # Says that a tile's last values are cleared; who clears them may be a tile ahead of who waits for that.
         clean = make_companion(records, records.tiles, 1)
-    out_tiles = queries.tiles if SHARE_Q else stages_for(out_desc, WARPGROUPS)
+    out_tiles = queries.tiles if SHARE_Q or splits is not None else stages_for(out_desc, WARPGROUPS)
     fence_async_shared()
     call = Call(
         q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, counter_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-        kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, total_k, section, scale,
-        softcap, window_left, right_reach, queries, keys, values, records, out_tiles, clean,
+        kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, total_k, section, splits,
+        scale, softcap, window_left, right_reach, queries, keys, values, records, out_tiles, clean,
         HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, RAGGED, SHARE_Q, TAKE_TURNS, PASS_EARLY, ONE_LOOP, RESCALE_EARLY,
     )  # fmt: skip
     if WARPGROUPS == 2:

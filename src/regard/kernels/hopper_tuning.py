@@ -43,6 +43,10 @@ _TWO_WARPGROUPS_64 = HopperTile(128, 128, 3, 3, query_stages=2, take_turns=True,
 _SHORT_64 = 1024
 _SHORT_128 = 2048
 
+MOST_SPLITS = 128
+_LEAST_KEYS = 2048  # of a tile that is split: below, merging costs what it saves
+_LEAST_SPLIT_KEYS = 512
+
 # padded head dim, the larger of D and Dv -> tile
 FORWARD = {
     64: HopperTile(192, 128, 3, 3, take_turns=True, one_loop=True),
@@ -51,7 +55,7 @@ FORWARD = {
 }
 
 
-def forward_tile(head_dim: int, head_dim_v: int, causal: bool, seqlen_k: int, raw: bool) -> HopperTile:
+def forward_tile(head_dim: int, head_dim_v: int, causal: bool, seqlen_k: int, raw: bool, rows: int) -> HopperTile:
     """Tile of the Hopper forward.
 
     Args:
@@ -59,15 +63,30 @@ def forward_tile(head_dim: int, head_dim_v: int, causal: bool, seqlen_k: int, ra
         causal: whether the right side of the band is bounded.
         seqlen_k: keys of the longest sequence.
         raw: whether scores need nothing but their scale (no softcap, no ALiBi).
+        rows: of the longest sequence, of the heads that share a tile.
     """
     entry = table_head_dim(max(head_dim, head_dim_v))
-    if entry == 64 and (not raw or (causal and seqlen_k <= _SHORT_64)):
+    two_suffice = rows <= _TWO_WARPGROUPS_64.block_m
+    if entry == 64 and (two_suffice or not raw or (causal and seqlen_k <= _SHORT_64)):
         return _TWO_WARPGROUPS_64
     tile = FORWARD[entry]
     return tile._replace(
         share_q=tile.share_q and padded_head_dim(head_dim) == padded_head_dim(head_dim_v),
         rescale_early=tile.rescale_early and (entry != 128 or causal or seqlen_k > _SHORT_128),
     )
+
+
+def key_splits(tiles: int, keys: int, multiprocessors: int) -> int:
+    """Parts in which the forward takes the keys of a query tile, so that few tiles fill the device too; 1 where whole.
+
+    Args:
+        tiles: of the call.
+        keys: that one of them sees, at most.
+        multiprocessors: of the device.
+    """
+    if keys < _LEAST_KEYS or tiles == 0:
+        return 1
+    return max(1, min(multiprocessors // tiles, keys // _LEAST_SPLIT_KEYS, MOST_SPLITS))
 
 
 def backward_block_m(head_dim: int, head_dim_v: int) -> int:
