@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from regard import AttentionConfig, AttentionInputs
 from regard.backends import flash, hopper
 from regard.backends.launch import Launch
+from regard.backends.padded_rows import with_padded_rows
 
 B, S, H, HK, D = 2, 32, 4, 2, 16
 CONFIG = AttentionConfig(
@@ -98,7 +99,7 @@ def forward(backend, inputs):
     out, lse = backend.forward(CONFIG, inputs)
     if backend.name == "hopper":
         return hopper.forward_launch(CONFIG, inputs, out, lse, torch.zeros(2, dtype=torch.int32), 132)
-    return flash.forward_launch(CONFIG, inputs, out, lse)
+    return flash.forward_launch(CONFIG, with_padded_rows(inputs), out, lse)
 
 
 def assert_says(value, wanted, name):

@@ -24,6 +24,7 @@ from regard.backends.launch import (
     new_results,
     on_device,
 )
+from regard.backends.padded_rows import broadcast_strides, readable_keys, with_padded_rows
 from regard.backends.reference import dropout_threshold
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
@@ -68,7 +69,7 @@ class FlashBackend:
         return config.kv_layout
 
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-        device = inputs.q.device
+        device, inputs = inputs.q.device, with_padded_rows(inputs)
         out, lse = new_results(config, inputs)
         tensors = (*_score_tensors(config, inputs), *_forward_tensors(inputs, out, lse))
         with on_device(device):
@@ -105,7 +106,7 @@ class FlashBackend:
         assert lse is not None
         if not _aligned(grad_out):
             grad_out = grad_out.contiguous()
-        device = grad_out.device
+        device, inputs = grad_out.device, with_padded_rows(inputs)
         found = new_gradients(config, inputs)
         row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
         bias = inputs.bias if config.bias_requires_grad else None
@@ -374,8 +375,8 @@ def _score_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[s
         q_strides=_strides4(inputs.q),
         k_strides=_strides4(inputs.k),
         v_strides=_strides4(inputs.v),
-        mask_strides=_broadcast_strides(inputs.mask),
-        bias_strides=_broadcast_strides(inputs.bias),
+        mask_strides=broadcast_strides(inputs.mask),
+        bias_strides=broadcast_strides(inputs.bias),
         alibi_strides=(0, 0) if slopes is None else slopes.stride(),
         heads_q=config.heads_q,
         group=config.heads_q // config.heads_kv,
@@ -383,6 +384,7 @@ def _score_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[s
         seqlen_k=config.seqlen_k,
         total_q=config.total_q or 0,
         total_k=config.total_k or 0,
+        readable_k=readable_keys(inputs, config.seqlen_k),
         softmax_scale=float(config.softmax_scale),
         softcap=float(config.softcap) if config.softcap > 0 else None,
         window_left=left,
@@ -465,13 +467,6 @@ def _lse_strides(tensor: Tensor) -> tuple[int, int]:
     return (tensor.stride(0), tensor.stride(1)) if tensor.ndim == 3 else (0, tensor.stride(0))
 
 
-def _broadcast_strides(tensor: Tensor | None) -> tuple[int, ...]:
-    """Strides with 0 along broadcast dimensions."""
-    if tensor is None:
-        return (0, 0, 0, 0)
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 def _aligned(tensor: Tensor) -> bool:
     """Whether Triton can tell that rows start at multiples of 16 bytes: it looks for factors of 16 in the strides."""
     return (
@@ -488,7 +483,7 @@ def _all_aligned(inputs: AttentionInputs, grad_out: Tensor) -> bool:
 def _wide(inputs: AttentionInputs, *others: Tensor) -> bool:
     """Whether a tile's own extent, of rows by head dim or of queries by keys, can pass 2**31 elements."""
     steps = [tensor.stride(-3) + tensor.stride(-1) for tensor in (inputs.q, inputs.k, inputs.v, *others)]
-    steps += [sum(_broadcast_strides(tensor)[2:]) for tensor in (inputs.mask, inputs.bias)]
+    steps += [sum(broadcast_strides(tensor)[2:]) for tensor in (inputs.mask, inputs.bias)]
     return max(steps) * _LARGEST_TILE >= 2**31
 
 

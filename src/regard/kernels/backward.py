@@ -16,6 +16,7 @@ from regard.kernels.scores import (
     edge_span,
     head_base,
     key_span,
+    load_pairs,
     load_rows,
     own_queries,
     pair_base,
@@ -26,7 +27,6 @@ from regard.kernels.scores import (
     sequence_bounds,
     softcap_slope,
     store_rows,
-    tile_offsets,
 )
 
 
@@ -44,7 +44,7 @@ def of_keys(vector, KEYS_FIRST: tl.constexpr):
 
 @triton.jit
 def softmax_gradient(
-    qk, grad_weights, row_lse, delta, query, query_exists, first_key, shift, seqlen_k, head,
+    qk, grad_weights, row_lse, delta, query, query_exists, first_key, shift, seqlen_k, readable_k, head,
     mask_tile, bias_tile, mask_strides, bias_strides, slope, seed,
     softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, KEYS_FIRST: tl.constexpr, RAW: tl.constexpr,
@@ -65,11 +65,11 @@ def softmax_gradient(
     row = of_queries(tl.arange(0, BLOCK_M), KEYS_FIRST)
     column = of_keys(tl.arange(0, BLOCK_N), KEYS_FIRST)
     key = first_key + column
-    in_bounds = of_queries(query_exists, KEYS_FIRST) & (key < seqlen_k)
+    if readable_k is not None:
+        pair_exists = of_queries(query_exists, KEYS_FIRST) & (key < readable_k)
     bias = None
     if bias_tile is not None:
-        offsets = tile_offsets(row, column, bias_strides[2], bias_strides[3], WIDE)
-        bias = tl.load(bias_tile + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+        bias = load_pairs(bias_tile, bias_strides, row, column, pair_exists, WIDE).to(tl.float32)
     positions = of_queries(query, KEYS_FIRST)
     scores = scaled_scores(qk, positions, key, shift, softmax_scale, softcap, slope, bias, RAW)
     factor = softmax_scale * LOG2_E if RAW else LOG2_E
@@ -77,8 +77,8 @@ def softmax_gradient(
     if MASKED:
         weights = tl.where(band_visible(positions, key, shift, seqlen_k, window_left, window_right), weights, 0.0)
     if mask_tile is not None:
-        offsets = tile_offsets(row, column, mask_strides[2], mask_strides[3], WIDE)
-        weights = tl.where(tl.load(mask_tile + offsets, mask=in_bounds, other=0) != 0, weights, 0.0)
+        allowed = load_pairs(mask_tile, mask_strides, row, column, pair_exists, WIDE)
+        weights = tl.where(allowed != 0, weights, 0.0)
     kept = weights
     if seed is not None:
         keep = dropout_keep(seed, head, query, first_key, dropout_threshold, BLOCK_M, BLOCK_N)
@@ -159,7 +159,7 @@ def load_row_terms(row_lse_base, delta_base, query, query_exists, MASKED: tl.con
 @triton.jit
 def attend_queries(
     dk, dv, k, v, start, stop, gap_start, gap,
-    head, first_key, key_exists, shift, seqlen_q, seqlen_k,
+    head, first_key, key_exists, shift, seqlen_q, seqlen_k, readable_k,
     q_base, k_base, v_base, grad_out_base, row_lse_base, delta_base, mask_base, bias_base, slope, seed,
     q_strides, k_strides, v_strides, grad_out_strides, mask_strides, bias_strides,
     softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
@@ -212,7 +212,7 @@ def attend_queries(
         if bias_base is not None:
             bias_tile = bias_base + first_row * bias_strides[2]
         weights, _, grad_products = softmax_gradient(
-            qk, grad_weights, row_lse, delta, query, query_exists, first_key, shift, seqlen_k, head,
+            qk, grad_weights, row_lse, delta, query, query_exists, first_key, shift, seqlen_k, readable_k, head,
             mask_tile, bias_tile, mask_strides, bias_strides, slope, seed,
             softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
             BLOCK_M, BLOCK_N, MASKED, True, RAW, WIDE,
@@ -273,6 +273,7 @@ def backward_keys(
     seqlen_k,
     total_q,
     total_k,
+    readable_k,
     softmax_scale,
     softcap,
     window_left,
@@ -351,7 +352,7 @@ def backward_keys(
                 full_start if part == 0 else start,
                 full_stop if part == 0 else stop,
                 full_start, gap,
-                sequence * heads_q + head, first_key, key_exists, shift, length_q, length_k,
+                sequence * heads_q + head, first_key, key_exists, shift, length_q, length_k, readable_k,
                 q_base, k_base, v_base, grad_out_base, row_lse_ptr + terms, delta_ptr + terms, mask_base, bias_base,
                 slope, seed,
                 q_strides, k_strides, v_strides, grad_out_strides, mask_strides, bias_strides,
@@ -372,7 +373,7 @@ def backward_keys(
 @triton.jit
 def gather_keys(
     dq, q, grad_out, row_lse, delta, start, stop, gap_start, gap,
-    query, query_exists, head, shift, seqlen_k,
+    query, query_exists, head, shift, seqlen_k, readable_k,
     q_base, k_base, v_base, grad_out_base, mask_base, bias_base, slope, seed,
     q_strides, k_strides, v_strides, grad_out_strides, mask_strides, bias_strides,
     softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
@@ -417,7 +418,7 @@ def gather_keys(
         if bias_base is not None:
             bias_tile = bias_base + first_row * bias_strides[3]
         grad_products = softmax_gradient(
-            qk, grad_weights, row_lse, delta, query, query_exists, first_key, shift, seqlen_k, head,
+            qk, grad_weights, row_lse, delta, query, query_exists, first_key, shift, seqlen_k, readable_k, head,
             mask_tile, bias_tile, mask_strides, bias_strides, slope, seed,
             softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
             BLOCK_M, BLOCK_N, MASKED, False, RAW, WIDE,
@@ -457,6 +458,7 @@ def backward_queries(
     seqlen_k,
     total_q,
     total_k,
+    readable_k,
     softmax_scale,
     softcap,
     window_left,
@@ -523,7 +525,7 @@ def backward_queries(
             full_start if part == 0 else start,
             full_stop if part == 0 else stop,
             full_start, gap,
-            query, query_exists, sequence * heads_q + head, shift, length_k,
+            query, query_exists, sequence * heads_q + head, shift, length_k, readable_k,
             q_base, k_base, v_base, grad_out_base, mask_base, bias_base, slope, seed,
             q_strides, k_strides, v_strides, grad_out_strides, mask_strides, bias_strides,
             softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,

@@ -38,6 +38,7 @@ def backward_bias(
     group,
     seqlen_q,
     seqlen_k,
+    readable_k,
     summed_batch,  # 1, or the batch entries that share an element of the bias
     summed_heads,
     softmax_scale,
@@ -117,7 +118,7 @@ def backward_bias(
                 slope = tl.load(alibi_ptr + sequence * alibi_strides[0] + head * alibi_strides[1])
             dbias += softmax_gradient(
                 qk, grad_weights, row_lse, delta, query, query_exists, first_key, shift, length_k,
-                sequence * heads_q + head, mask_tile, bias_tile, mask_strides, bias_strides, slope, seed,
+                readable_k, sequence * heads_q + head, mask_tile, bias_tile, mask_strides, bias_strides, slope, seed,
                 softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
                 BLOCK_M, BLOCK_N, True, False, RAW, WIDE,
             )[1]  # fmt: skip

@@ -16,6 +16,7 @@ from regard.kernels.scores import (
     edge_span,
     head_base,
     key_span,
+    load_pairs,
     load_rows,
     load_tile,
     own_queries,
@@ -83,7 +84,7 @@ def last_softmax(acc, row_max, row_sum):
 @triton.jit
 def attend_keys(
     acc, row_max, row_sum, q, start, stop, gap_start, gap,
-    query, query_exists, head, shift, seqlen_k,
+    query, query_exists, head, shift, seqlen_k, readable_k,
     q_base, k_base, v_base, mask_base, bias_base, block_table_ptr, slope, seed,
     q_strides, k_strides, v_strides, mask_strides, bias_strides,
     page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
@@ -138,13 +139,13 @@ def attend_keys(
                 k = tl.trans(load_rows(k_tile, k_strides, key_exists, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, WIDE))
             qk = tl.dot(part, k, qk, input_precision=PRECISION)
 
+        if readable_k is not None:
+            pair_exists = query_exists[:, None] & (key < readable_k)[None, :]
         bias = None
         if bias_base is not None:
             # bias tile (BLOCK_M, BLOCK_N)
             bias_tile = bias_base + tl.cast(first_key, tl.int64) * bias_strides[3]
-            bias_offsets = tile_offsets(row[:, None], column[None, :], bias_strides[2], bias_strides[3], WIDE)
-            bias = tl.load(bias_tile + bias_offsets, mask=query_exists[:, None] & key_exists[None, :], other=0.0)
-            bias = bias.to(tl.float32)
+            bias = load_pairs(bias_tile, bias_strides, row[:, None], column[None, :], pair_exists, WIDE).to(tl.float32)
         scores = scaled_scores(qk, query[:, None], key[None, :], shift, softmax_scale, softcap, slope, bias, RAW)
         if MASKED:
             visible = band_visible(query[:, None], key[None, :], shift, seqlen_k, window_left, window_right)
@@ -152,8 +153,7 @@ def attend_keys(
         if mask_base is not None:
             # mask tile (BLOCK_M, BLOCK_N)
             mask_tile = mask_base + tl.cast(first_key, tl.int64) * mask_strides[3]
-            mask_offsets = tile_offsets(row[:, None], column[None, :], mask_strides[2], mask_strides[3], WIDE)
-            allowed = tl.load(mask_tile + mask_offsets, mask=query_exists[:, None] & key_exists[None, :], other=0)
+            allowed = load_pairs(mask_tile, mask_strides, row[:, None], column[None, :], pair_exists, WIDE)
             scores = tl.where(allowed != 0, scores, float("-inf"))
 
         weights, decay, row_max, row_sum = online_softmax(
@@ -204,6 +204,7 @@ def attention_forward(
     seqlen_k,
     total_q,
     total_k,
+    readable_k,  # keys that the rows of mask and bias can be read for: seqlen_k, or up to padding
     page_size,
     softmax_scale,
     softcap,
@@ -282,7 +283,7 @@ def attention_forward(
             full_start if part == 0 else start,
             full_stop if part == 0 else stop,
             full_start, gap,
-            query, query_exists, sequence * heads_q + head, shift, length_k,
+            query, query_exists, sequence * heads_q + head, shift, length_k, readable_k,
             q_base, k_base, v_base, mask_base, bias_base, block_table_ptr, slope, seed,
             q_strides, k_strides, v_strides, mask_strides, bias_strides,
             page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,

@@ -80,6 +80,16 @@ def pair_base(pointer, strides, sequence, head, query, key):
 
 
 @triton.jit
+def load_pairs(first, strides, row, column, exists, WIDE: tl.constexpr):
+    """Load a tile of a mask or bias by the pointer to its first pair, in its dtype.
+
+    ``exists`` bounds the keys by ``readable_k``, which where rows are padded is a multiple of 16, so that elements come
+    several at a time. What lies between the last key and there may be NaN, and has to be masked.
+    """
+    return tl.load(first + tile_offsets(row, column, strides[2], strides[3], WIDE), mask=exists, other=0)
+
+
+@triton.jit
 def row_offset(strides, sequence, head, row):
     """Where a query has its entry in lse, row_lse and delta."""
     return sequence.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row
