@@ -26,6 +26,7 @@ import torch
 
 from regard import AttentionConfig, AttentionInputs
 from regard.backends import flash, hopper
+from regard.backends.padded_rows import with_padded_rows
 from regard.kernels import tuning
 
 RECORDS = Path(__file__).parent / "recorded"
@@ -324,7 +325,7 @@ def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
     )
 
     gated = KERNELS[name.split()[0]]
-    kernel, arguments, options = gated.launch(config, meta_inputs(config))
+    kernel, arguments, options = gated.launch(config, with_padded_rows(meta_inputs(config)))
     arch = tuning.table_architecture(config.arch)
     assert arch is not None
     compiled = compile_launch(kernel, arguments, options, arch)
