@@ -148,7 +148,7 @@ def test_every_packed_query_tile_of_the_forward_is_taken_once():
         load_tiles(SimpleNamespace(
             cu_seqlens_q_ptr=Pointer(starts), cu_seqlens_k_ptr=Pointer(starts), kv_lens_ptr=None, batch=len(lengths),
             heads=heads, group=1, seqlen_q=200, seqlen_k=200, total_q=int(starts[-1]), total_k=int(starts[-1]),
-            section=1, counter_ptr=None, window_left=None, right_reach=1, BLOCK_M=128, BLOCK_N=64, PACK=1,
+            section=1, splits=None, counter_ptr=None, window_left=None, right_reach=1, BLOCK_M=128, BLOCK_N=64, PACK=1,
             queries=nothing, keys=nothing, values=nothing, records=None, q_desc=None, k_desc=None, v_desc=None,
         ))  # fmt: skip
     tiles = [(sequence, head, first) for sequence, length in enumerate(lengths) for head in range(heads)

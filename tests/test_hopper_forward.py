@@ -218,6 +218,14 @@ def test_results_of_packed_sequences():
     check(results_on_cpu(called, given), expected(called, given))
 
 
+def test_a_warpgroup_without_rows_takes_one_block():
+    within_split = plain(hopper_forward.within_split, gl=INTEGERS)
+    assert within_split(0, 16, 16, 0, 1, 8) == (8, 16, 16)
+    assert within_split(0, 16, 16, 16, 1, 8) == (8, 16, 9)
+    assert within_split(0, 3, 4, 0, 16, 8) == (8, 8, 9), "nor does one that sees none more"
+    assert within_split(20, 30, 16, 0, 16, 8) == (15, 30, 16)
+
+
 def test_a_warpgroup_that_lags_behind(monkeypatch):
     """The first may be done with a tile, and have cleared the next one's values, before the second begins with it."""
 

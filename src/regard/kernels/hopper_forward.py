@@ -371,11 +371,11 @@ def finish_tile(WARPGROUP: gl.constexpr, call, tile, step, p, acc, decay, row_ma
 
 
 @gluon.jit
-def within_split(my_low, full_high, my_high, first, length_q, low, high):
-    """Consumer: of the blocks that a warpgroup's rows see, [my_low, my_high), those in [low, high), and where those end
-    that all rows see. There is one at least, for a warpgroup too that sees none of them, or has no rows.
+def within_split(my_low, full_high, my_high, first, length_q, low):
+    """Consumer: of the blocks that a warpgroup's rows see, those that start no earlier than the split does, and where
+    those end that all rows see. There is one at least: for a warpgroup too that sees none, or has no rows and no need.
     """
-    my_high = gl.maximum(gl.minimum(my_high, high), low + 1)
+    my_high = gl.maximum(my_high, low + 1)
     if first >= length_q:
         my_high = low + 1
     my_low = gl.minimum(gl.maximum(my_low, low), my_high - 1)
@@ -419,7 +419,7 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
         if LEFT:
             my_low = gl.minimum(my_low, my_high - 1)
         if call.splits is not None:
-            my_low, full_high, my_high = within_split(my_low, full_high, my_high, first, length_q, low, high)
+            my_low, full_high, my_high = within_split(my_low, full_high, my_high, first, length_q, low)
         stop = length_k + 0 * position
         if call.right_reach is not None:
             stop = gl.minimum(stop, diagonal + call.right_reach)
