@@ -262,9 +262,9 @@ def test_splits_share_the_blocks(splits):
         (67, 65536, 1),  # more than half of the device has something to do
         (132, 65536, 1),
         (5000, 65536, 1),
-        (8, 4096, 8),
-        (8, 2048, 4),
-        (8, 2047, 1),
+        (8, 4096, 16),
+        (8, 2048, 8),
+        (8, 1023, 1),
         (1, 0, 1),
         (0, 4096, 1),
     ],
@@ -289,10 +289,10 @@ def parts_of(**options):
         (dict(heads_kv=4), 32),
         (dict(head_dim_v=64), 16),
         (dict(seqlen_q=33), 8),  # 132 rows of the heads that share keys: two tiles
-        (dict(window=(3000, 0)), 5),  # a tile sees 3001 keys
+        (dict(window=(3000, 0)), 11),  # a tile sees 3001 keys
         (dict(window=(3000, None)), 16),  # and here all of those to the right of it
-        (dict(window=(2046, None), causal=True), 1),
-        (dict(window=(2047, None), causal=True), 4),
+        (dict(window=(1022, None), causal=True), 1),
+        (dict(window=(1023, None), causal=True), 4),
         (dict(varlen=True, total_q=1, total_k=16384), 1),
     ],
 )

@@ -44,8 +44,8 @@ _SHORT_64 = 1024
 _SHORT_128 = 2048
 
 MOST_SPLITS = 128
-_LEAST_KEYS = 2048  # of a tile that is split: below, merging costs what it saves
-_LEAST_SPLIT_KEYS = 512
+_LEAST_KEYS = 1024  # of a tile that is split: below, merging costs what it saves
+_LEAST_SPLIT_KEYS = 256
 
 # padded head dim, the larger of D and Dv -> tile
 FORWARD = {
