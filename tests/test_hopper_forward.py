@@ -286,7 +286,7 @@ def parts_of(**options):
         (dict(batch=4), 4),
         (dict(batch=16), 1),
         (dict(kv_lens=True, causal=True, seqlen_q=4), 16),
-        (dict(heads_kv=4), 32),
+        (dict(heads_kv=4), 33),
         (dict(head_dim_v=64), 16),
         (dict(seqlen_q=33), 8),  # 132 rows of the heads that share keys: two tiles
         (dict(window=(3000, 0)), 11),  # a tile sees 3001 keys
