@@ -51,37 +51,38 @@ def _in_padded_rows(tensor: Tensor) -> Tensor:
     it time for tiles of some 64 queries, be they there or not, the copy for those that there are. Left alone are one
     element a row, rows whose elements lie apart, and overlapping rows, whose copy would take more memory than they do.
     """
-    strides = broadcast_strides(tensor)
     if _looks_padded(tensor):
-        if _has_room_for_padding(tensor, strides):
+        if tensor.shape[-1] % _ELEMENTS == 0 or _has_room_for_padding(tensor):
             return tensor
-    elif strides[-1] != 1:
+    elif broadcast_strides(tensor)[-1] != 1:
         return tensor
-    once = tensor.detach()[tuple([slice(None if stride else 1) for stride in strides])]
+    once = tensor.detach()
+    if 0 in tensor.stride():
+        once = once[tuple([slice(None if stride else 1) for stride in tensor.stride()])]
     if once.nbytes > once.untyped_storage().nbytes():
         return tensor
     *rows, keys = once.shape
-    padded = once.new_empty((*rows, _rounded_up(keys)))[..., :keys]
-    return padded.copy_(once).expand(tensor.shape)
+    padded = once.new_empty((*rows, _rounded_up(keys))).narrow(-1, 0, keys).copy_(once)
+    return padded if padded.shape == tensor.shape else padded.expand(tensor.shape)
 
 
 def _looks_padded(tensor: Tensor) -> bool:
     """Whether Triton can tell that rows are padded; rows of one element for all keys need no padding."""
     aligned = tensor.is_meta or tensor.data_ptr() % 16 == 0
-    return _strides_look_padded(broadcast_strides(tensor), aligned)
+    return _strides_look_padded(tensor.shape, tensor.stride(), aligned)
 
 
 @functools.lru_cache(maxsize=1024)
-def _strides_look_padded(strides: tuple[int, ...], aligned: bool) -> bool:
-    *outer, last = strides
+def _strides_look_padded(shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool) -> bool:
+    *outer, last = (0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
     return last == 0 or (last == 1 and aligned and all(stride % _ELEMENTS == 0 for stride in outer))
 
 
-def _has_room_for_padding(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+def _has_room_for_padding(tensor: Tensor) -> bool:
     """Whether the last row can be read up to its padding: a view may end with the memory that it is of."""
-    padding = (_rounded_up(tensor.shape[-1]) - tensor.shape[-1]) * strides[-1]
-    if padding == 0:
-        return True
+    keys = tensor.shape[-1]
+    strides = broadcast_strides(tensor)
+    padding = (_rounded_up(keys) - keys) * strides[-1]
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
     end = tensor.storage_offset() + last + 1 + padding
     return end * tensor.element_size() <= tensor.untyped_storage().nbytes()
