@@ -321,7 +321,8 @@ def test_on_a_cpu_every_adapter_refuses(monkeypatch):
 
 RAW = """
 import regard
-def fwd_raw(q, k, v, causal=False, softmax_scale=None, out=None):
+def fwd_raw(q, k, v, causal=False, softmax_scale=None, out=None, num_splits=1):
+    assert num_splits == 0, "it may split the keys where that is faster"
     return regard.attention(q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True, backend="reference")
 def flash_attn_func(q, k, v, softmax_scale=None, causal=False, deterministic=False):
     return regard.attention(q, k, v, causal=causal, softmax_scale=softmax_scale, backend="reference")

@@ -276,7 +276,9 @@ class FlashAttn3:
                 )
             )  # fmt: skip
         if hasattr(module, "fwd_raw") and not config.requires_grad and len(options) == 2:
-            return _out_and_lse(module.fwd_raw(*inputs[:3], config.causal, config.softmax_scale))
+            # FA3's training functions never split the keys; its decoding function chooses, as 0 asks for.
+            splits = dict(num_splits=0) if "num_splits" in _accepted(module.fwd_raw) else {}
+            return _out_and_lse(module.fwd_raw(*inputs[:3], config.causal, config.softmax_scale, **splits))
         if config.requires_grad:
             options["deterministic"] = config.deterministic
         if config.return_lse:
