@@ -127,55 +127,67 @@ def split_blocks(split, splits, low, high):
 
 
 @gluon.jit
+def locate_tile(call, index, among, before, ends):
+    """Producer: a tile's sequence, head, first query and split; first row and length of its queries and of its keys.
+
+    ``among``, ``before``, ``ends``: of packed sequences, see `seek_sequences`.
+    """
+    blocks_m = gl.cdiv(call.seqlen_q, call.BLOCK_M // call.PACK)
+    split = 0 * index
+    start_q = 0 * index
+    start_k = 0 * index
+    length_q = call.seqlen_q + start_q
+    length_k = call.seqlen_k + start_k
+    if call.cu_seqlens_q_ptr is not None:
+        sequence, within = sequence_of(index, among, before, ends)
+        start_q, length_q = sequence_bounds(call.cu_seqlens_q_ptr, sequence, call.seqlen_q, call.total_q, None)
+        start_k, length_k = sequence_bounds(call.cu_seqlens_k_ptr, sequence, call.seqlen_k, call.total_k, None)
+        head = within % call.heads
+        block_m = within // call.heads
+        blocks_m = gl.cdiv(length_q, call.BLOCK_M // call.PACK)
+    else:
+        place = index
+        if call.splits is not None:
+            place = index // call.splits
+            split = index % call.splits
+        # Sections of heads; inside, one block of every head in turn.
+        first_head = place // (call.section * blocks_m) * call.section
+        heads_here = gl.minimum(call.section, call.batch * call.heads - first_head)
+        within = place - first_head * blocks_m
+        block_m = within // heads_here
+        sequence = (first_head + within % heads_here) // call.heads
+        head = (first_head + within % heads_here) % call.heads
+    if call.kv_lens_ptr is not None:
+        length_k = gl.minimum(gl.maximum(gl.load(call.kv_lens_ptr + sequence), 0), call.seqlen_k)
+    if call.right_reach is not None:
+        block_m = blocks_m - 1 - block_m  # the longest rows first
+    return sequence, head, block_m * (call.BLOCK_M // call.PACK), split, start_q, length_q, start_k, length_k
+
+
+@gluon.jit
 def load_tiles(call):
     """Producer: fetch tiles until there are none left, and stream what each needs through the rings."""
     WARPGROUPS: gl.constexpr = call.BLOCK_M // ROWS
     POSITIONS: gl.constexpr = call.BLOCK_M // call.PACK
-    blocks_m = gl.cdiv(call.seqlen_q, POSITIONS)
-    total = call.batch * call.heads * blocks_m
+    total = call.batch * call.heads * gl.cdiv(call.seqlen_q, POSITIONS)
     if call.splits is not None:
         total *= call.splits
     index = gl.program_id(0)
+    among, before, ends = no_sequences()
     if call.cu_seqlens_q_ptr is not None:
-        among, before, ends = no_sequences()
         among, before, ends, total = seek_queries(call, index, among, before, ends)
     tile = 0
     step = 0
     while index < total:
-        start_q = 0 * index
-        start_k = 0 * index
-        length_q = call.seqlen_q + start_q
-        length_k = call.seqlen_k + start_k
-        if call.cu_seqlens_q_ptr is not None:
-            sequence, within = sequence_of(index, among, before, ends)
-            start_q, length_q = sequence_bounds(call.cu_seqlens_q_ptr, sequence, call.seqlen_q, call.total_q, None)
-            start_k, length_k = sequence_bounds(call.cu_seqlens_k_ptr, sequence, call.seqlen_k, call.total_k, None)
-            head = within % call.heads
-            block_m = within // call.heads
-            blocks_m = gl.cdiv(length_q, POSITIONS)
-        else:
-            # Sections of heads whose keys and values fit in L2 together; inside, one block of every head in turn.
-            place = index
-            if call.splits is not None:
-                place = index // call.splits
-            first_head = place // (call.section * blocks_m) * call.section
-            heads_here = gl.minimum(call.section, call.batch * call.heads - first_head)
-            within = place - first_head * blocks_m
-            block_m = within // heads_here
-            sequence = (first_head + within % heads_here) // call.heads
-            head = (first_head + within % heads_here) % call.heads
-        if call.kv_lens_ptr is not None:
-            length_k = gl.minimum(gl.maximum(gl.load(call.kv_lens_ptr + sequence), 0), call.seqlen_k)
-        if call.right_reach is not None:
-            block_m = blocks_m - 1 - block_m  # the longest rows first
-        first = block_m * POSITIONS
+        sequence, head, first, split, start_q, length_q, start_k, length_k = locate_tile(
+            call, index, among, before, ends
+        )
         last = gl.minimum(first + POSITIONS, length_q) - 1
         low, _full_low, _full_high, high = key_blocks(
             first, last, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_N
         )
         start_out = start_q
         if call.splits is not None:
-            split = index % call.splits
             start_out = (split * call.batch + sequence) * call.seqlen_q
             low, high = split_blocks(split, call.splits, low, high)
             if low == high:
