@@ -253,18 +253,19 @@ def _print_profile(known: dict[str, Any]) -> None:
         f"{known['case']} on {known['arch']}: {known['flops']:.4g} operations, at least {known['bytes']:.4g} bytes, "
         f"{known['intensity']:.4g} operations a byte"
     )
-    columns = ["backend", "kernel", "tile", "warps", "stages", "programs", "registers", "spilled B", "shared KiB",
-               "matrix", "resident", "occupancy"]  # fmt: skip
+    kernels = known["kernels"]
+    launched = ["backend", "kernel", "tile", "warps", "stages", "programs", "matrix"]
+    console.print(table(launched, ([str(each[name] or "none") for name in launched] for each in kernels)))
+    # A second table: one of all columns would not fit 80 characters.
+    taken = ["kernel", "registers", "spilled", "shared", "occupancy"]
     lines = [
         (
-            each["backend"], each["kernel"], each["tile"], str(each["warps"]), str(each["stages"]),
-            str(each["programs"]), str(each["registers"]), str(each["spills"]), f"{each['shared'] / 1024:.1f}",
-            each["matrix"] or "none",
-            f"{each['resident']} ({each['limited_by']})", f"{each['occupancy']:.0%}",
+            each["kernel"], str(each["registers"]), f"{each['spills']} B", f"{each['shared'] / 1024:.1f} KiB",
+            f"{each['occupancy']:.0%} ({each['resident']} at once, {each['limited_by']})",
         )
-        for each in known["kernels"]
+        for each in kernels
     ]  # fmt: skip
-    console.print(table(columns, lines))
+    console.print(table(taken, lines))
 
 
 def _finish(outcome: Outcome, html: Path | None, save: str | None, before: Any, threshold: float) -> bool:
