@@ -82,6 +82,27 @@ def last_softmax(acc, row_max, row_sum):
 
 
 @triton.jit
+def locate_block(
+    k_base, v_base, k_strides, v_strides, first_key, column, key_exists, block_table_ptr, page_size, WIDE: tl.constexpr
+):  # fmt: skip
+    """Where the keys and values of a block lie: what to load K and V tiles from, and by pointers the offsets of rows."""
+    if not isinstance(k_base, tl.tensor):
+        return rows_from(k_base, k_strides, first_key), rows_from(v_base, v_strides, first_key), 0, 0
+    elif block_table_ptr is None:
+        k_tile = k_base + tl.cast(first_key, tl.int64) * k_strides[1]
+        v_tile = v_base + tl.cast(first_key, tl.int64) * v_strides[1]
+        k_rows = tile_offsets(column, 0, k_strides[1], 0, WIDE)
+        v_rows = tile_offsets(column, 0, v_strides[1], 0, WIDE)
+        return k_tile, v_tile, k_rows, v_rows
+    else:
+        key = first_key + column
+        page = tl.load(block_table_ptr + key // page_size, mask=key_exists, other=0).to(tl.int64)
+        k_rows = page * k_strides[0] + (key % page_size).to(tl.int64) * k_strides[1]
+        v_rows = page * v_strides[0] + (key % page_size).to(tl.int64) * v_strides[1]
+        return k_base, v_base, k_rows, v_rows
+
+
+@triton.jit
 def attend_keys(
     acc, row_max, row_sum, q, start, stop, gap_start, gap,
     query, query_exists, head, shift, seqlen_k, readable_k,
@@ -108,18 +129,9 @@ def attend_keys(
             first_key = tl.where(position < gap_start, position, position + gap)
         key = first_key + column
         key_exists = key < seqlen_k
-        if not isinstance(k_base, tl.tensor):
-            k_tile, v_tile = rows_from(k_base, k_strides, first_key), rows_from(v_base, v_strides, first_key)
-        elif block_table_ptr is None:
-            k_tile = k_base + tl.cast(first_key, tl.int64) * k_strides[1]
-            v_tile = v_base + tl.cast(first_key, tl.int64) * v_strides[1]
-            k_rows = tile_offsets(column, 0, k_strides[1], 0, WIDE)
-            v_rows = tile_offsets(column, 0, v_strides[1], 0, WIDE)
-        else:
-            k_tile, v_tile = k_base, v_base
-            page = tl.load(block_table_ptr + key // page_size, mask=key_exists, other=0).to(tl.int64)
-            k_rows = page * k_strides[0] + (key % page_size).to(tl.int64) * k_strides[1]
-            v_rows = page * v_strides[0] + (key % page_size).to(tl.int64) * v_strides[1]
+        k_tile, v_tile, k_rows, v_rows = locate_block(
+            k_base, v_base, k_strides, v_strides, first_key, column, key_exists, block_table_ptr, page_size, WIDE
+        )
 
         if BLOCK_D > DIMS:
             tl.debug_barrier()  # as in `product_in_parts`
