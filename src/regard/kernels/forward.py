@@ -85,7 +85,7 @@ def last_softmax(acc, row_max, row_sum):
 def locate_block(
     k_base, v_base, k_strides, v_strides, first_key, column, key_exists, block_table_ptr, page_size, WIDE: tl.constexpr
 ):  # fmt: skip
-    """Where the keys and values of a block lie: what to load K and V tiles from, and by pointers the offsets of rows."""
+    """Where a block of keys lies: what to load K and V tiles from, and, by pointers, the offsets of its rows."""
     if not isinstance(k_base, tl.tensor):
         return rows_from(k_base, k_strides, first_key), rows_from(v_base, v_strides, first_key), 0, 0
     elif block_table_ptr is None:
@@ -100,6 +100,36 @@ def locate_block(
         k_rows = page * k_strides[0] + (key % page_size).to(tl.int64) * k_strides[1]
         v_rows = page * v_strides[0] + (key % page_size).to(tl.int64) * v_strides[1]
         return k_base, v_base, k_rows, v_rows
+
+
+@triton.jit
+def load_keys(
+    tile, strides, rows, exists, first: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """Head dims ``first`` on, at most DIMS of them, of a block's keys: a transposed K tile."""
+    if isinstance(tile, tl.tensor):
+        PART: tl.constexpr = min(BLOCK_D, DIMS)
+        dim = tl.arange(0, PART)
+        pointers = tile + tile_offsets(0, first, 0, strides[3], WIDE)
+        pointers = pointers + (rows[None, :] + tile_offsets(0, dim[:, None], 0, strides[3], WIDE))
+        return load_tile(pointers, exists[None, :], (first + dim < HEAD_DIM)[:, None], MASKED, HEAD_DIM - first >= PART)
+    else:
+        return tl.trans(load_rows(tile, strides, exists, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, WIDE))
+
+
+@triton.jit
+def load_values(
+    tile, strides, rows, exists, HEAD_DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A block's V tile (BLOCK_N, BLOCK_DV)."""
+    if isinstance(tile, tl.tensor):
+        dim = tl.arange(0, BLOCK_DV)
+        pointers = tile + (rows[:, None] + tile_offsets(0, dim[None, :], 0, strides[3], WIDE))
+        return load_tile(pointers, exists[:, None], (dim < HEAD_DIM_V)[None, :], MASKED, HEAD_DIM_V == BLOCK_DV)
+    else:
+        return load_rows(tile, strides, exists, BLOCK_N, HEAD_DIM_V, BLOCK_DV, MASKED, WIDE)
 
 
 @triton.jit
@@ -119,10 +149,6 @@ def attend_keys(
     """
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
-    PART: tl.constexpr = min(BLOCK_D, DIMS)
-    dim = tl.arange(0, PART)
-    dim_v = tl.arange(0, BLOCK_DV)
-    dim_v_exists = dim_v < HEAD_DIM_V
     for position in tl.range(start, stop, BLOCK_N):
         first_key = position
         if MASKED and window_left is not None:
@@ -142,13 +168,7 @@ def attend_keys(
                 q_part = q_base + tile_offsets(0, first, 0, q_strides[3], WIDE)
                 part = load_rows(q_part, q_strides, query_exists, BLOCK_M, HEAD_DIM - first, DIMS, True, WIDE)
             # K tile, transposed: (BLOCK_D or DIMS, BLOCK_N)
-            if isinstance(k_base, tl.tensor):
-                k_part = k_tile + tile_offsets(0, first, 0, k_strides[3], WIDE)
-                k_pointers = k_part + (k_rows[None, :] + tile_offsets(0, dim[:, None], 0, k_strides[3], WIDE))
-                dim_exists = first + dim < HEAD_DIM
-                k = load_tile(k_pointers, key_exists[None, :], dim_exists[:, None], MASKED, HEAD_DIM - first >= PART)
-            else:
-                k = tl.trans(load_rows(k_tile, k_strides, key_exists, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, WIDE))
+            k = load_keys(k_tile, k_strides, k_rows, key_exists, first, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, WIDE, DIMS)
             qk = tl.dot(part, k, qk, input_precision=PRECISION)
 
         if readable_k is not None:
@@ -176,11 +196,7 @@ def attend_keys(
             weights = tl.where(keep, weights, 0.0)
 
         # V tile (BLOCK_N, BLOCK_DV)
-        if isinstance(v_base, tl.tensor):
-            v_pointers = v_tile + (v_rows[:, None] + tile_offsets(0, dim_v[None, :], 0, v_strides[3], WIDE))
-            v = load_tile(v_pointers, key_exists[:, None], dim_v_exists[None, :], MASKED, HEAD_DIM_V == BLOCK_DV)
-        else:
-            v = load_rows(v_tile, v_strides, key_exists, BLOCK_N, HEAD_DIM_V, BLOCK_DV, MASKED, WIDE)
+        v = load_values(v_tile, v_strides, v_rows, key_exists, HEAD_DIM_V, BLOCK_N, BLOCK_DV, MASKED, WIDE)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 
