@@ -4,11 +4,12 @@ what the programs of a backward in two passes cover. `test_hopper_one_pass.py` h
 The kernels' own functions run here, on plain numbers and torch tensors instead of Gluon's.
 """
 
-import dataclasses
+import functools
 import itertools
 import math
 from types import SimpleNamespace
 
+import hopper_calls
 import pytest
 import torch
 
@@ -16,7 +17,6 @@ pytest.importorskip("triton")
 
 from gluon_on_cpu import HOPPER, INTEGERS, SCRATCH, Numbers, Pointer, cdiv, plain, shared_memory_of, start_program
 
-from regard import AttentionConfig
 from regard.backends import hopper
 from regard.backends.hopper import HopperBackend
 from regard.backends.launch import Launch
@@ -279,14 +279,7 @@ def test_pairs_are_looked_at_in_one_pass_where_some_may_be_hidden():
 
 HEAD_DIMS = range(8, 257, 8)
 SHARED_LIMIT = 227 * 1024
-CONFIG = AttentionConfig(
-    batch=2, seqlen_q=300, seqlen_k=200, heads_q=6, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda",
-    arch="sm90", requires_grad=True,
-)  # fmt: skip
-
-
-def config(head_dim=64, head_dim_v=None, **options):
-    return dataclasses.replace(CONFIG, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, **options)
+config = functools.partial(hopper_calls.config, heads_q=6)
 
 
 def launches_of(config):

@@ -1,6 +1,6 @@
 """The Hopper forward, whole, without a GPU: role by role, and in splits with their merge. See `gluon_on_cpu.py`."""
 
-import dataclasses
+import functools
 import itertools
 import math
 import threading
@@ -8,28 +8,21 @@ import time
 from types import SimpleNamespace
 
 import gluon_on_cpu
+import hopper_calls
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from gluon_on_cpu import HOPPER, INTEGERS, PATIENCE, Registers, arguments_on_cpu, plain, run_programs
+from hopper_calls import DEVICE, expected, random_inputs
 
 import regard
-from regard import AttentionConfig, AttentionInputs
 from regard.backends import hopper
 from regard.bench.cross_compile import meta_inputs
 from regard.kernels import hopper_forward, hopper_tuning
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CONFIG = AttentionConfig(
-    batch=2, seqlen_q=100, seqlen_k=300, heads_q=4, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda",
-    arch="sm90",
-)  # fmt: skip
-
-
-def config(head_dim=64, head_dim_v=None, **options):
-    return dataclasses.replace(CONFIG, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, **options)
+config = functools.partial(hopper_calls.config, seqlen_q=100, seqlen_k=300, requires_grad=False)
 
 
 # --- What the forward needs of a multiprocessor beyond the backward
@@ -95,39 +88,6 @@ FORWARD = HOPPER | dict(
 
 
 # --- The kernel, in whole and in splits
-
-
-def random_inputs(called, **others):
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator)
-
-    rows_q, rows_k = (
-        ((called.total_q,), (called.total_k,))
-        if called.varlen
-        else ((called.batch, called.seqlen_q), (called.batch, called.seqlen_k))
-    )
-    return AttentionInputs(
-        random(*rows_q, called.heads_q, called.head_dim),
-        random(*rows_k, called.heads_kv, called.head_dim),
-        random(*rows_k, called.heads_kv, called.head_dim_v),
-        alibi_slopes=random(called.heads_q).abs() / 8 if called.alibi else None,
-        sinks=random(called.heads_q) if called.sinks else None,
-        **others,
-    )
-
-
-def expected(called, given):
-    """Out and lse by the reference in float64."""
-    q, k, v = (each.double() for each in given[:3])
-    options = dict(
-        causal=called.causal, window=called.window, softmax_scale=called.softmax_scale, softcap=called.softcap,
-        alibi_slopes=given.alibi_slopes, sinks=given.sinks, return_lse=True, backend="reference",
-    )  # fmt: skip
-    if called.varlen:
-        return regard.varlen_attention(q, k, v, given.cu_seqlens_q, given.cu_seqlens_k, **options)
-    return regard.attention(q, k, v, kv_lens=given.kv_lens, **options)
 
 
 def results_on_cpu(called, given, splits=None, multiprocessors=3):
@@ -275,7 +235,7 @@ def test_number_of_splits(tiles, keys, splits):
 
 def parts_of(**options):
     sizes = dict(batch=1, seqlen_q=1, seqlen_k=16384, heads_q=32, heads_kv=8)
-    called = dataclasses.replace(CONFIG, **{**sizes, "head_dim": 128, "head_dim_v": 128, **options})
+    called = config(**{**sizes, "head_dim": 128, **options})
     return called, hopper.new_parts(called, torch.empty(1, dtype=torch.bfloat16, device="meta"), 132)
 
 

@@ -1,6 +1,5 @@
 """The Hopper backwards, whole, without a GPU: their kernels, role by role, against autograd. See `gluon_on_cpu.py`."""
 
-import dataclasses
 import itertools
 import math
 
@@ -10,65 +9,9 @@ import torch
 pytest.importorskip("triton")
 
 from gluon_on_cpu import HOPPER, arguments_on_cpu, plain, run_programs
+from hopper_calls import DEVICE, config, expected, random_inputs
 
-from regard import AttentionConfig, AttentionInputs
 from regard.backends import hopper
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CONFIG = AttentionConfig(
-    batch=2, seqlen_q=300, seqlen_k=200, heads_q=4, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda",
-    arch="sm90", requires_grad=True,
-)  # fmt: skip
-
-
-def config(head_dim=64, head_dim_v=None, **options):
-    return dataclasses.replace(CONFIG, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, **options)
-
-
-def sequences_of(called, given):
-    """Of every sequence: its queries, keys and values, as what indexes them in `given`'s tensors."""
-    for sequence in range(called.batch):
-        if called.varlen:
-            queries, keys = (slice(*starts[sequence : sequence + 2].tolist())
-                             for starts in (given.cu_seqlens_q, given.cu_seqlens_k))  # fmt: skip
-            yield sequence, (queries,), (keys,)
-        else:
-            length = called.seqlen_k if given.kv_lens is None else int(given.kv_lens[sequence])
-            yield sequence, (sequence,), (sequence, slice(min(length, called.seqlen_k)))
-
-
-def attention(called, given):
-    """Output and lse, (total_q, Hq, ...) or (B, Sq, Hq, ...), from the definition, in float64."""
-    out = torch.zeros(*given.q.shape[:-1], called.head_dim_v, dtype=torch.float64)
-    lse = torch.full(given.q.shape[:-1], -math.inf, dtype=torch.float64)
-    left, right = called.band
-    group = called.heads_q // called.heads_kv
-    for sequence, queries, keys in sequences_of(called, given):
-        q, k, v = (each.double() for each in (given.q[queries], given.k[keys], given.v[keys]))
-        if len(q) == 0 or len(k) == 0:
-            continue
-        s = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * called.softmax_scale
-        ahead = torch.arange(len(k))[None, :] - torch.arange(len(q))[:, None] - (len(k) - len(q))
-        if called.softcap:
-            s = called.softcap * torch.tanh(s / called.softcap)
-        if given.alibi_slopes is not None:
-            slopes = given.alibi_slopes.double().expand(called.batch, -1)[sequence]
-            s = s - slopes[:, None, None] * ahead.abs()
-        visible = torch.ones_like(ahead, dtype=torch.bool)
-        if left is not None:
-            visible &= ahead >= -left
-        if right is not None:
-            visible &= ahead <= right
-        s = s.masked_fill(~visible, -1e30)
-        p = torch.where(visible, s.softmax(2), 0.0)
-        out[queries] = torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(group, 1))
-        lse[queries] = torch.where(visible.any(1), s.logsumexp(2), -math.inf).T
-    return out, lse
-
-
-def heads_first(rows):
-    """(B, Sq, Hq) or (total_q, Hq) with the heads before the rows, in fp32."""
-    return rows.detach().transpose(-1, -2).float().contiguous()
 
 
 def run_on_cpu(launch):
@@ -83,21 +26,22 @@ def gradients_on_cpu(called, given, multiprocessors=3, spoilt=slice(0)):
     leaves = [given.q.double(), given.k.double(), given.v.double()]
     for leaf in leaves:
         leaf.requires_grad_()
-    out, lse = attention(called, given._replace(q=leaves[0], k=leaves[1], v=leaves[2]))
+    out, lse = expected(called, given._replace(q=leaves[0], k=leaves[1], v=leaves[2]))
     generator = torch.Generator().manual_seed(1)
     grad_out, grad_lse = (torch.randn(each.shape, generator=generator) for each in (out, lse))
     grad_out[spoilt] = math.inf
     seen = lse.isfinite()
-    expected = torch.autograd.grad((out * grad_out).sum() + (lse[seen] * grad_lse[seen]).sum(), leaves)
-    row_lse = heads_first(torch.where(seen, lse / math.log(2), math.inf))
-    delta = heads_first((out * grad_out).sum(-1) - torch.where(seen, grad_lse, 0.0))
+    truth = torch.autograd.grad((out * grad_out).sum() + (lse[seen] * grad_lse[seen]).sum(), leaves)
+    row_lse = torch.where(seen, lse / math.log(2), math.inf).detach().float()
+    delta = (out * grad_out).sum(-1).transpose(-1, -2) - torch.where(seen, grad_lse, 0.0)
+    delta = delta.detach().float().contiguous()
 
     dq, dk, dv = (torch.full(each.shape, math.nan) for each in given[:3])
     if hopper._needs_two_passes(called):
         gradients = given._replace(q=dq, k=dk, v=dv)
         for launch in hopper.two_pass_launches(called, given, grad_out, row_lse, delta, gradients):
             run_on_cpu(launch)
-        return (dq, dk, dv), expected
+        return (dq, dk, dv), truth
     sums, counter = torch.zeros(hopper.query_sums_shape(called)), torch.zeros(2, dtype=torch.int32)
     run_on_cpu(hopper.backward_launch(called, given, grad_out, row_lse, delta, sums, dk, dv, counter, multiprocessors))
     assert not counter.any(), "as the next launch needs them"
@@ -106,19 +50,7 @@ def gradients_on_cpu(called, given, multiprocessors=3, spoilt=slice(0)):
         **{name: value.to(DEVICE) for name, value in given._asdict().items() if value is not None}
     )
     hopper.finish_launch(called, on_device, sums.to(DEVICE), dq).run(dq.device)
-    return (dq.cpu(), dk, dv), expected
-
-
-def random_inputs(called, **lengths):
-    generator = torch.Generator().manual_seed(0)
-    rows_q, rows_k = (
-        ((called.total_q,), (called.total_k,)) if called.varlen else ((2, called.seqlen_q), (2, called.seqlen_k))
-    )
-    shapes = (*rows_q, called.heads_q, called.head_dim), (*rows_k, called.heads_kv, called.head_dim), \
-             (*rows_k, called.heads_kv, called.head_dim_v)  # fmt: skip
-    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
-    slopes = torch.rand(called.heads_q, generator=generator) / 8 if called.alibi else None
-    return AttentionInputs(q, k, v, alibi_slopes=slopes, **lengths)
+    return (dq.cpu(), dk, dv), truth
 
 
 CALLS = {

@@ -3,7 +3,6 @@
 `test_hopper_gradients.py` has the whole kernel.
 """
 
-import dataclasses
 import itertools
 import math
 import random
@@ -15,22 +14,12 @@ import torch
 pytest.importorskip("triton")
 
 from gluon_on_cpu import HOPPER, INTEGERS, Pointer, cdiv, plain
+from hopper_calls import DEVICE, config
 
-from regard import AttentionConfig, AttentionInputs
+from regard import AttentionInputs
 from regard.backends import hopper
 from regard.kernels import hopper_backward as kernels
 from regard.kernels import hopper_tuning
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CONFIG = AttentionConfig(
-    batch=2, seqlen_q=300, seqlen_k=200, heads_q=4, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda",
-    arch="sm90", requires_grad=True,
-)  # fmt: skip
-
-
-def config(head_dim=64, head_dim_v=None, **options):
-    return dataclasses.replace(CONFIG, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, **options)
-
 
 # --- Which tiles the programs take
 
