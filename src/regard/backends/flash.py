@@ -20,6 +20,7 @@ from regard.backends.launch import (
     Launch,
     PlainCalls,
     appearance,
+    is_aligned,
     launch_or_repeat,
     new_results,
     on_device,
@@ -469,11 +470,7 @@ def _lse_strides(tensor: Tensor) -> tuple[int, int]:
 
 def _aligned(tensor: Tensor) -> bool:
     """Whether Triton can tell that rows start at multiples of 16 bytes: it looks for factors of 16 in the strides."""
-    return (
-        tensor.stride(-1) == 1
-        and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
-        and (tensor.is_meta or tensor.data_ptr() % 16 == 0)
-    )
+    return tensor.stride(-1) == 1 and all(stride % 16 == 0 for stride in tensor.stride()[:-1]) and is_aligned(tensor)
 
 
 def _all_aligned(inputs: AttentionInputs, grad_out: Tensor) -> bool:

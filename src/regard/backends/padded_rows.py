@@ -11,6 +11,7 @@ import functools
 
 from torch import Tensor
 
+from regard.backends.launch import is_aligned
 from regard.config import AttentionInputs
 
 _ELEMENTS = 16
@@ -41,7 +42,11 @@ def broadcast_strides(tensor: Tensor | None) -> tuple[int, ...]:
     """Strides with 0 along broadcast dimensions."""
     if tensor is None:
         return (0, 0, 0, 0)
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return _broadcast(tensor.shape, tensor.stride())
+
+
+def _broadcast(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
 
 
 def _in_padded_rows(tensor: Tensor) -> Tensor:
@@ -68,13 +73,12 @@ def _in_padded_rows(tensor: Tensor) -> Tensor:
 
 def _looks_padded(tensor: Tensor) -> bool:
     """Whether Triton can tell that rows are padded; rows of one element for all keys need no padding."""
-    aligned = tensor.is_meta or tensor.data_ptr() % 16 == 0
-    return _strides_look_padded(tensor.shape, tensor.stride(), aligned)
+    return _strides_look_padded(tensor.shape, tensor.stride(), is_aligned(tensor))
 
 
 @functools.lru_cache(maxsize=1024)
 def _strides_look_padded(shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool) -> bool:
-    *outer, last = (0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+    *outer, last = _broadcast(shape, strides)
     return last == 0 or (last == 1 and aligned and all(stride % _ELEMENTS == 0 for stride in outer))
 
 

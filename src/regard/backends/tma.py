@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.backends.launch import is_aligned
 from regard.backends.triton_launcher import with_tensor
 
-_BYTES = 16  # granularity of addresses and strides
+_BYTES = 16  # granularity of strides, and of addresses
 
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether TMA can follow a tensor as it lies."""
-    aligned = tensor.is_meta or tensor.data_ptr() % _BYTES == 0
-    return aligned and strides_suit(tensor.stride(), tensor.element_size())
+    return is_aligned(tensor) and strides_suit(tensor.stride(), tensor.element_size())
 
 
 @functools.lru_cache(maxsize=1024)
