@@ -156,6 +156,26 @@ def test_merge_names_a_shape_that_does_not_fit(outs, lses):
         regard.merge(outs, lses)
 
 
+LSE = Q[..., 0].mT
+
+
+@pytest.mark.parametrize(
+    "outs, lses, match",
+    [
+        (None, None, "outs, lses: got NoneType"),
+        ((Q for _ in range(2)), [LSE] * 2, "outs, lses: got generator"),
+        ([Q.numpy()], [LSE], r"outs\[0\]: got ndarray"),
+        ([Q, Q], [LSE, None], r"lses\[1\]: got NoneType"),
+        ([Q.int()] * 2, [LSE] * 2, r"outs\[0\]: got torch.int32"),
+        ([Q] * 2, [LSE, LSE.long()], r"lses\[1\]: got torch.int64"),
+        ([Q, Q.to("meta")], [LSE] * 2, r"outs\[1\]: got device meta"),
+    ],
+)
+def test_merge_names_what_is_no_part(outs, lses, match):
+    with pytest.raises(ConfigError, match=match):
+        regard.merge(outs, lses)
+
+
 @pytest.mark.parametrize("hidden_row", [None, 2])
 def test_merge_is_differentiable(hidden_row):
     q, k, v = (t.double().requires_grad_() for t in (Q, K, V))

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import numpy
 import pytest
 import torch
 
@@ -110,6 +111,7 @@ BAD_ATTENTION = [
     ("window", {"window": (True, 2)}),
     ("window", {"window": 4}),
     ("window", {"window": "ab"}),
+    ("window", {"window": numpy.array([1, 2])}),
     ("backend", {"backend": "no_such_backend"}),
     ("backend", {"backend": ["reference"]}),
 ]

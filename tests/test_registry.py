@@ -84,6 +84,13 @@ def test_taken_name_is_refused(registry):
         registry.register(Fake("one"))
 
 
+@pytest.mark.parametrize("priority", ["high", None, float("nan")])
+def test_a_priority_that_orders_nothing_is_refused(registry, priority):
+    with pytest.raises(ConfigError, match="priority"):
+        registry.register(Fake("one"), priority=priority)
+    assert registry.list_backends() == []
+
+
 def test_incomplete_backend_is_refused_with_what_is_missing(registry):
     class Incomplete:
         name = "incomplete"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regard import ops, plans
-from regard.config import AttentionConfig, AttentionInputs
+from regard.config import FLOAT_DTYPES, AttentionConfig, AttentionInputs, require_tensor
 from regard.errors import ConfigError
 from regard.registry import Explanation, registry
 
@@ -174,18 +174,9 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         (out, lse) as one call over all the keys would give them; a row that saw no key anywhere stays 0 and -inf.
 
     Raises:
-        ConfigError: the lists are empty, or their lengths or the shapes in them do not fit.
+        ConfigError: the lists are empty, or their lengths or the shapes, dtypes and devices in them do not fit.
     """
-    if len(outs) == 0 or len(outs) != len(lses):
-        raise ConfigError("outs, lses", f"{len(outs)} and {len(lses)} tensors", "two lists of the same length > 0")
-    if outs[0].ndim not in (3, 4):
-        raise ConfigError("outs[0]", f"shape {tuple(outs[0].shape)}", "(B, Sq, Hq, Dv), or packed (total_q, Hq, Dv)")
-    *batch, rows, heads, _ = outs[0].shape
-    for index, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        if out.shape != outs[0].shape:
-            raise ConfigError(f"outs[{index}]", f"shape {tuple(out.shape)}", f"{tuple(outs[0].shape)} as outs[0]")
-        if lse.shape != (*batch, heads, rows):
-            raise ConfigError(f"lses[{index}]", f"shape {tuple(lse.shape)}", f"{(*batch, heads, rows)} for such an out")
+    _check_parts(outs, lses)
     stacked = torch.stack(list(lses))
     highest = stacked.detach().amax(0)
     shares = torch.exp(stacked - torch.where(highest == float("-inf"), 0.0, highest))
@@ -194,6 +185,29 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     parts = torch.stack([out.to(stacked.dtype) for out in outs])
     merged = (parts * (shares / total).transpose(-1, -2)[..., None]).sum(0)
     return merged.to(outs[0].dtype), highest + total.log()
+
+
+def _check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    """Raise a `ConfigError` unless `merge` can take these."""
+    if not (isinstance(outs, (Sequence, Tensor)) and isinstance(lses, (Sequence, Tensor))):
+        raise ConfigError("outs, lses", f"{type(outs).__name__} and {type(lses).__name__}", "two lists of tensors")
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise ConfigError("outs, lses", f"{len(outs)} and {len(lses)} tensors", "two lists of the same length > 0")
+    for name, tensors in (("outs", outs), ("lses", lses)):
+        for index, tensor in enumerate(tensors):
+            require_tensor(f"{name}[{index}]", tensor)
+            if tensor.dtype not in FLOAT_DTYPES:
+                raise ConfigError(f"{name}[{index}]", tensor.dtype, "float16, bfloat16, float32 or float64")
+            if tensor.device != outs[0].device:
+                raise ConfigError(f"{name}[{index}]", f"device {tensor.device}", f"{outs[0].device} as outs[0]")
+    if outs[0].ndim not in (3, 4):
+        raise ConfigError("outs[0]", f"shape {tuple(outs[0].shape)}", "(B, Sq, Hq, Dv), or packed (total_q, Hq, Dv)")
+    *batch, rows, heads, _ = outs[0].shape
+    for index, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.shape != outs[0].shape:
+            raise ConfigError(f"outs[{index}]", f"shape {tuple(out.shape)}", f"{tuple(outs[0].shape)} as outs[0]")
+        if lse.shape != (*batch, heads, rows):
+            raise ConfigError(f"lses[{index}]", f"shape {tuple(lse.shape)}", f"{(*batch, heads, rows)} for such an out")
 
 
 def explain(q: AttentionConfig | Tensor, *tensors: Tensor, backend: str | None = None, **arguments: Any) -> Explanation:

@@ -142,7 +142,7 @@ class AttentionConfig:
         _check_sizes(self)
         if self.softmax_scale is None:
             object.__setattr__(self, "softmax_scale", self.head_dim**-0.5)
-        if self.window == (None, None):
+        if isinstance(self.window, tuple) and self.window == (None, None):
             object.__setattr__(self, "window", None)
         _check_semantics(self)
 
@@ -398,7 +398,7 @@ def _shape(tensor: Tensor) -> str:
 def _shape4(name: str, tensor: Tensor | None) -> tuple[int, ...] | None:
     if tensor is None:
         return None
-    _require_tensor(name, tensor)
+    require_tensor(name, tensor)
     if not 1 <= tensor.ndim <= 4:
         raise ConfigError(name, _shape(tensor), "1 to 4 dimensions that broadcast to (B, Hq, Sq, Sk)")
     return (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
@@ -408,7 +408,8 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and requires_grad(t) for t in tensors)
 
 
-def _require_tensor(name: str, value: object) -> None:
+def require_tensor(name: str, value: object) -> None:
+    """Raise a `ConfigError` unless the value is a tensor in dense memory."""
     if not isinstance(value, Tensor):
         raise ConfigError(name, type(value).__name__, "a torch.Tensor")
     if value.is_nested or value.layout is not torch.strided:
@@ -421,7 +422,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, rank_q: int, rank_k: int) -> Non
         raise ConfigError("q", "a tensor that torch.jit.trace records", "torch.export or torch.compile")
     form = {3: "(total, H, D) with cu_seqlens", 4: "4 dimensions (B, S, H, D) or (B, H, S, D)"}
     for name, tensor, rank in (("q", q, rank_q), ("k", k, rank_k), ("v", v, rank_k)):
-        _require_tensor(name, tensor)
+        require_tensor(name, tensor)
         if tensor.ndim != rank:
             raise ConfigError(name, _shape(tensor), form[rank])
         if tensor.dtype not in FLOAT_DTYPES:
@@ -512,7 +513,7 @@ def _check_extras(
     for name, tensor in (("mask", mask), ("bias", bias), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if tensor is None:
             continue
-        _require_tensor(name, tensor)
+        require_tensor(name, tensor)
         if tensor.device != device:
             raise ConfigError(name, f"device {tensor.device}", f"the device of q, {device}")
         if name == "mask":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib.metadata
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -141,7 +142,7 @@ class Registry:
                 reference 0, installed peers -10.
 
         Raises:
-            ConfigError: a member is missing, the name is empty, reserved or taken.
+            ConfigError: a member is missing, the name is empty, reserved or taken, the priority is no number.
         """
         missing = [
             member
@@ -154,6 +155,8 @@ class Registry:
         name = backend.name
         if not isinstance(name, str) or not name or name == "auto":
             raise ConfigError("backend.name", repr(name), "a non-empty string other than 'auto'")
+        if not isinstance(priority, (int, float)) or math.isnan(priority):  # it would break every later selection
+            raise ConfigError("priority", repr(priority), "a number")
         with self._lock:
             if name in self._backends:
                 raise ConfigError(
