@@ -7,6 +7,7 @@ import inspect
 import math
 import sys
 
+import numpy
 import pytest
 import torch
 
@@ -316,6 +317,10 @@ def test_gradients_reach_paged_keys():
 # what cannot be honoured raises
 
 CU = offsets(3, 4)
+PACKED, PAGES = normal(7, 4, 8), normal(4, 4, 2, 8)
+TABLE = torch.arange(4, dtype=INT).view(2, 2)
+OVER_PAGES = dict(q=PACKED, k=PAGES, v=PAGES, cu_seqlens_q=CU, cu_seqlens_k=CU, max_seqlen_q=4, max_seqlen_k=4,
+                  block_table=TABLE)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -323,12 +328,21 @@ CU = offsets(3, 4)
     [
         ("flash_attn_func", dict(q=Q, k=K, v=V, window_size=(1, 2, 3)), "window_size"),
         ("flash_attn_func", dict(q=Q, k=K, v=V, window_size=3), "window_size"),
+        ("flash_attn_func", dict(q=Q, k=K, v=V, window_size=(1.5, 2)), "window_size"),
+        ("flash_attn_func", dict(q=Q, k=K, v=V, window_size=(None, 2)), "window_size"),
+        ("flash_attn_func", dict(q=Q, k=K, v=V, window_size=torch.tensor([1.0, 2.0])), "window_size"),
+        ("flash_attn_func", dict(q=Q, k=K, v=V, window_size=torch.tensor(3)), "window_size"),
+        ("flash_attn_func", dict(q=Q.numpy(), k=K, v=V, dropout_p=0.5, return_attn_probs=True), "q: got ndarray"),
         ("flash_attn_func", dict(q=Q, k=K, v=V, dropout_p=1.5), "dropout_p"),
         ("flash_attn_func", dict(q=Q, k=K[:1], v=V), "k: got"),
         ("flash_attn_func", dict(q=Q, k=K, v=V, alibi_slopes=SLOPES[:, :3]), "alibi_slopes"),
         ("flash_attn_func", dict(q=Q, k=K, v=V, alibi_slopes=SLOPES.clone().requires_grad_()), "alibi_slopes"),
         ("flash_attn_qkvpacked_func", dict(qkv=normal(2, 5, 2, 4, 8)), r"qkv: .* needs \(B, S, 3, H, D\)"),
         ("flash_attn_kvpacked_func", dict(q=Q, kv=normal(2, 5, 4, 8)), r"kv: .* needs \(B, S, 2, H, D\)"),
+        ("flash_attn_kvpacked_func", dict(q=Q, kv=None), "kv: got NoneType"),
+        ("flash_attn_varlen_qkvpacked_func", dict(qkv=normal(7, 3, 4, 8), cu_seqlens=CU, max_seqlen=torch.tensor(4.5)),
+         "max_seqlen_q: got torch.float32"),
+        ("flash_attn_varlen_qkvpacked_func", dict(qkv=normal(7, 3, 4, 8), cu_seqlens=CU, max_seqlen=CU), "max_seqlen"),
         ("flash_attn_varlen_qkvpacked_func", dict(qkv=normal(7, 2, 4, 8), cu_seqlens=CU, max_seqlen=4), "total, 3"),
         ("flash_attn_varlen_qkvpacked_func", dict(qkv=normal(7, 3, 4, 8), cu_seqlens=CU, max_seqlen=3), "max_seqlen"),
         ("flash_attn_varlen_qkvpacked_func", dict(qkv=normal(8, 3, 4, 8), cu_seqlens=CU, max_seqlen=4), "cu_seqlens"),
@@ -337,6 +351,39 @@ CU = offsets(3, 4)
 def test_malformed_arguments_are_named(name, arguments, match):
     with pytest.raises(ConfigError, match=match):
         getattr(flash_attn, name)(**arguments)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (dict(q=None), "q: got NoneType"),
+        (dict(k=PAGES.numpy()), "k_cache: got ndarray"),
+        (dict(v=PAGES[:, :3]), "v_cache: got shape"),
+        (dict(block_table=TABLE.tolist()), "block_table: got list"),
+        (dict(block_table=TABLE.float()), "block_table: got torch.float32"),
+        (dict(block_table=TABLE.to("meta")), "block_table: got device meta"),
+        (dict(cu_seqlens_k=None), "cu_seqlens_k: got NoneType"),
+        (dict(cu_seqlens_k=CU.long()), "cu_seqlens_k: got torch.int64"),
+        (dict(cu_seqlens_q=CU[:0]), "cu_seqlens_"),
+        (dict(max_seqlen_q="4"), "max_seqlen_q: got '4'"),
+        (dict(max_seqlen_k="4"), "max_seqlen_k: got '4'"),
+        (dict(max_seqlen_k=3), "max_seqlen_k: got"),
+        (dict(deterministic="yes"), "deterministic: got 'yes'"),
+    ],
+)
+def test_malformed_arguments_of_pages_are_named_with_and_without_a_gradient(changes, match, training):
+    arguments = OVER_PAGES | changes
+    if training and arguments["q"] is not None:
+        arguments["q"] = PACKED.clone().requires_grad_()
+    with pytest.raises(ConfigError, match=match):
+        flash_attn.flash_attn_varlen_func(**arguments)
+
+
+def test_overstated_and_numpys_lengths_over_pages():
+    expected = flash_attn.flash_attn_varlen_func(**OVER_PAGES)
+    found = flash_attn.flash_attn_varlen_func(**OVER_PAGES | dict(max_seqlen_q=10**12, max_seqlen_k=numpy.int64(9)))
+    assert torch.equal(found, expected)
 
 
 # bert_padding
@@ -382,6 +429,27 @@ def test_a_mask_of_another_shape_is_named():
     for unpad in (bert_padding.unpad_input, bert_padding.unpad_input_for_concatenated_sequences):
         with pytest.raises(ConfigError, match=r"attention_mask.*: got shape \(2, 4\), needs shape \(2, 5\)"):
             unpad(normal(2, 5, 3), torch.ones(2, 4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    "mask, unused",
+    [([[2, 1], [1, 0]], None), ([[-1, 1], [1, 0]], None), ([[1, 1], [1, 0]], [[0, 1], [0, 1]])],
+)
+def test_masks_that_select_no_tokens_are_refused(mask, unused):
+    with pytest.raises(ConfigError, match="attention_mask.*got a value other than 0 and 1"):
+        bert_padding.unpad_input(normal(2, 2, 3), torch.tensor(mask), None if unused is None else torch.tensor(unused))
+
+
+@pytest.mark.parametrize("lengths", [[2, 2, 0], [3, -1, 0]])
+def test_lengths_that_pass_the_end_of_their_row_are_refused(lengths):
+    with pytest.raises(ConfigError, match="attention_mask_in_length"):
+        bert_padding.unpad_input_for_concatenated_sequences(normal(1, 3, 2), torch.tensor([lengths]))
+
+
+@pytest.mark.parametrize("indices", [[0, 1], [0, 1, 8], [0, 1, -1], [0.0, 1.0, 2.0], None])
+def test_indices_that_are_no_rows_are_named(indices):
+    with pytest.raises(ConfigError, match="indices"):
+        bert_padding.pad_input(normal(3, 2), indices if indices is None else torch.tensor(indices), 2, 4)
 
 
 def test_empty_batches_are_packed_too():

@@ -17,15 +17,18 @@ Hq may be a multiple of Hk. Malformed arguments raise `regard.ConfigError`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.api import attention, varlen_attention
+from regard.config import require_tensor
 from regard.errors import ConfigError
 from regard.integrations.flash_attn.kvcache import (
     attention_over_pages,
+    check_caches,
     flash_attn_with_kvcache,
     keys_of_pages,
     window_of,
@@ -144,11 +147,14 @@ def flash_attn_varlen_func(
         out (total_q, Hq, D); with ``return_attn_probs`` also softmax_lse, float32 (Hq, total_q), and S_dmask.
     """
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    max_seqlen_q, max_seqlen_k = _integer(max_seqlen_q), _integer(max_seqlen_k)
+    max_seqlen_q, max_seqlen_k = _integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)
     if block_table is not None:
+        check_caches(q, k, v, rank_q=3)
         if dropout_p == 0 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-            del options["deterministic"]  # of a backward that does not come
-            out, lse = attention_over_pages(q, k, v, block_table, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, options)
+            if not isinstance(options.pop("deterministic"), bool):  # of a backward that does not come
+                raise ConfigError("deterministic", repr(deterministic), "a bool")
+            longest = max_seqlen_q, max_seqlen_k
+            out, lse = attention_over_pages(q, k, v, block_table, cu_seqlens_q, cu_seqlens_k, longest, options)
             return (out, lse, q.new_empty(0)) if return_attn_probs else out
         k, v = keys_of_pages(k, v, block_table, cu_seqlens_k)
     options |= dict(
@@ -231,11 +237,17 @@ def _options(
 
 def _unstack(name: str, stacked: Tensor, dim: int, parts: int) -> tuple[Tensor, ...]:
     """Views of what is stacked along ``dim``."""
+    require_tensor(name, stacked)
     if stacked.ndim != dim + 3 or stacked.shape[dim] != parts:
         leading = "B, S" if dim == 2 else "total"
         raise ConfigError(name, f"shape {tuple(stacked.shape)}", f"({leading}, {parts}, H, D)")
     return stacked.unbind(dim)
 
 
-def _integer(length: int | Tensor) -> int:
-    return int(length.item()) if isinstance(length, Tensor) else length
+def _integer(name: str, length: int | Tensor) -> int:
+    """The length as an int, where it is a tensor or an integer of NumPy."""
+    if isinstance(length, Tensor):
+        if length.numel() != 1 or length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
+            raise ConfigError(name, f"{length.dtype}, shape {tuple(length.shape)}", "an int, or a tensor of one")
+        return int(length.item())
+    return int(length) if isinstance(length, Integral) and not isinstance(length, bool) else length

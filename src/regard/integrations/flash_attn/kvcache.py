@@ -7,12 +7,14 @@ Every cache is read as a paged one: a contiguous cache (B, S, Hk, D) has one pag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.api import attention, paged_attention
+from regard.config import require_tensor
 from regard.errors import ConfigError, Reason, UnsupportedError
 from regard.integrations.flash_attn.positions import check_range, page_and_row, sequence_and_position
 from regard.integrations.flash_attn.rotary import check_tables, rotate
@@ -70,7 +72,7 @@ def flash_attn_with_kvcache(
         ConfigError: an argument is malformed. Tensors of lengths, rows and pages are checked on the CPU; on a GPU what
             does not exist is clamped, to spare a synchronisation.
     """
-    _check_shapes(q, k_cache, v_cache)
+    check_caches(q, k_cache, v_cache, rank_q=4)
     if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 0:
         raise ConfigError("num_splits", repr(num_splits), "an int of at least 0")
     window = window_of(window_size)
@@ -119,33 +121,43 @@ def attention_over_pages(
     block_table: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
+    stated: tuple[int, int],
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Packed queries (total_q, Hq, D) over a paged cache, without a gradient.
 
     The queries are padded to one length from the left, which leaves the last of each sequence at its last key.
+    ``stated`` are the longest query and key sequence according to the caller.
 
     Returns:
         out (total_q, Hq, D) and lse (Hq, total_q).
     """
     check_index_vector("cu_seqlens_q", cu_seqlens_q, None, q.device)
     check_index_vector("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape[0], q.device)
+    if cu_seqlens_q.shape[0] < 1:
+        raise ConfigError("cu_seqlens_q", f"shape {tuple(cu_seqlens_q.shape)}", "at least the leading 0")
+    for side, claim in zip("qk", stated, strict=True):
+        if isinstance(claim, bool) or not isinstance(claim, (int, torch.SymInt)):
+            raise ConfigError(f"max_seqlen_{side}", repr(claim), "an int")
+    max_seqlen_q, max_seqlen_k = stated
     longest = longest_sequence("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     if longest is not None and max_seqlen_q < longest:
         raise ConfigError("max_seqlen_q", max_seqlen_q, f"at least {longest}, the longest sequence of cu_seqlens_q")
+    rows = max_seqlen_q if longest is None else longest  # an overstated length costs nothing
     sequence, position = sequence_and_position(cu_seqlens_q, q.shape[0])
-    row = position + (max_seqlen_q - cu_seqlens_q.diff()[sequence])
-    padded = q.new_zeros((cu_seqlens_q.numel() - 1, max_seqlen_q, *q.shape[1:]))
+    row = position + (rows - cu_seqlens_q.diff()[sequence])
+    padded = q.new_zeros((cu_seqlens_q.numel() - 1, rows, *q.shape[1:]))
     padded[sequence, row] = q
     pages = _pages(k_cache, block_table, None, batch=padded.shape[0])
     kv_lens = _key_lengths(cu_seqlens_k, pages, k_cache)
+    check_range("max_seqlen_k", kv_lens, 0, max_seqlen_k, "lengths")
     out, lse = paged_attention(padded, k_cache, v_cache, pages, kv_lens, **options, return_lse=True)
     return out[sequence, row], lse[sequence, :, row].T
 
 
 def keys_of_pages(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
     """Copies of the keys and values of a paged cache, packed (total_k, Hk, D). Differentiable."""
+    check_index_vector("cu_seqlens_k", cu_seqlens_k, None, k_cache.device)
     pages = _pages(k_cache, block_table, None, batch=cu_seqlens_k.numel() - 1)
     total = int(_key_lengths(cu_seqlens_k, pages, k_cache).sum())
     sequence, position = sequence_and_position(cu_seqlens_k, total)
@@ -155,9 +167,13 @@ def keys_of_pages(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seql
 
 def window_of(window_size: Sequence[int] | Tensor) -> tuple[int | None, int | None] | None:
     """flash-attn's (left, right), where a negative bound is unlimited, as `regard.attention` takes it."""
-    if not isinstance(window_size, (Sequence, Tensor)) or len(window_size) != 2:
+    bounds = window_size.tolist() if isinstance(window_size, Tensor) else window_size
+    if not isinstance(bounds, Sequence) or len(bounds) != 2:
         raise ConfigError("window_size", window_size, "a pair (left, right)")
-    left, right = (None if bound < 0 else int(bound) for bound in window_size)
+    for bound in bounds:
+        if isinstance(bound, bool) or not isinstance(bound, (Integral, torch.SymInt)):
+            raise ConfigError("window_size", window_size, "two ints")
+    left, right = (None if bound < 0 else int(bound) for bound in bounds)
     return None if left is None and right is None else (left, right)
 
 
@@ -173,6 +189,11 @@ def _pages(k_cache: Tensor, block_table: Tensor | None, cache_batch_idx: Tensor 
     if block_table is not None:
         if cache_batch_idx is not None:
             raise ConfigError("cache_batch_idx", "a tensor together with block_table", "one of the two")
+        require_tensor("block_table", block_table)
+        if block_table.dtype != torch.int32:
+            raise ConfigError("block_table", block_table.dtype, "int32")
+        if block_table.device != k_cache.device:
+            raise ConfigError("block_table", f"device {block_table.device}", f"that of k_cache, {k_cache.device}")
         if block_table.ndim != 2 or block_table.shape[0] != batch:
             raise ConfigError("block_table", f"shape {tuple(block_table.shape)}", f"shape ({batch}, pages a sequence)")
         return block_table.contiguous()
@@ -215,11 +236,14 @@ def _rotate(
     return rotate(q, *angles, q_position, interleaved), rotate(k, *angles, k_position, interleaved)
 
 
-def _check_shapes(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
-            seen = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ConfigError(name, seen, "a tensor of 4 dimensions")
+def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, rank_q: int) -> None:
+    """Raise a `ConfigError` unless these are tensors of one device, q of ``rank_q`` dimensions, the caches of 4."""
+    for name, tensor, rank in (("q", q, rank_q), ("k_cache", k_cache, 4), ("v_cache", v_cache, 4)):
+        require_tensor(name, tensor)
+        if tensor.ndim != rank:
+            raise ConfigError(name, f"shape {tuple(tensor.shape)}", f"a tensor of {rank} dimensions")
+        if tensor.device != q.device:
+            raise ConfigError(name, f"device {tensor.device}", f"the device of q, {q.device}")
     if k_cache.shape[:3] != v_cache.shape[:3]:
         raise ConfigError("v_cache", f"shape {tuple(v_cache.shape)}", f"that of k_cache, {tuple(k_cache.shape)}")
 
@@ -237,12 +261,17 @@ def _check_new(
     for name, tensor, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if tensor is None:
             raise ConfigError(name, None, "a tensor: k and v come together, and rotary_cos and rotary_sin need them")
+        require_tensor(name, tensor)
         if tensor.ndim != 4 or tensor.shape[0] != q.shape[0] or tensor.shape[2:] != cache.shape[2:]:
             heads, head_dim = cache.shape[2:]
             expected = f"({q.shape[0]}, new keys, {heads}, {head_dim}), as {name}_cache has"
             raise ConfigError(name, f"shape {tuple(tensor.shape)}", expected)
         if tensor.dtype != cache.dtype:
             raise ConfigError(name, tensor.dtype, f"the dtype of {name}_cache, {cache.dtype}")
+        if tensor.device != cache.device:
+            raise ConfigError(name, f"device {tensor.device}", f"that of {name}_cache, {cache.device}")
+        if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
+            raise ConfigError(f"{name}_cache", f"stride {cache.stride()}", "memory for every key, since k is given")
     assert k is not None and v is not None
     if k.shape[1] != v.shape[1]:
         raise ConfigError("v", f"shape {tuple(v.shape)}", f"{k.shape[1]} new keys, as in k")
@@ -256,7 +285,7 @@ def _check_new(
 def _check_tables(cos: Tensor | None, sin: Tensor | None, q: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     if cos is None or sin is None:
         raise ConfigError("rotary_cos" if cos is None else "rotary_sin", None, "a tensor, since the other is given")
-    check_tables(cos, sin, q.shape[-1])
+    check_tables(cos, sin, q)
     if cos.shape[0] < capacity:
         raise ConfigError("rotary_cos", f"{cos.shape[0]} positions", f"at least {capacity}, what the cache can hold")
     return cos, sin

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.api import attention, varlen_attention
+from regard.config import AttentionConfig
 from regard.integrations.flash_attn.positions import sequence_and_position
 
 _TILE = 128
@@ -33,6 +34,7 @@ def s_dmask(q: Tensor, k: Tensor, dropout_p: float, options: dict[str, Any]) -> 
     """
     if dropout_p == 0:
         return q.new_empty(0)
+    AttentionConfig.from_tensors(q, k, k, dropout_p=dropout_p, **options)  # raises what is malformed
     packed = "cu_seqlens_q" in options
     attend = varlen_attention if packed else attention
     unit_values = _unit_values_packed(k, options) if packed else _unit_values(k)
