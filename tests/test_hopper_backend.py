@@ -274,7 +274,13 @@ BARRIERS = 1024
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_forward_tiles_fit_in_shared_memory(head_dim):
     for head_dim_v in HEAD_DIMS:
-        for options in ({}, dict(causal=True), dict(causal=True, seqlen_k=8192), dict(softcap=1.0)):
+        for options in (
+            {},
+            dict(causal=True),
+            dict(causal=True, seqlen_k=8192),
+            dict(softcap=1.0),
+            dict(window=(9, 0)),
+        ):
             said = forward_arguments(config(head_dim=head_dim, head_dim_v=head_dim_v, **options))
             blocks = [said[name].block_shape for name in ("q_desc", "k_desc", "v_desc", "out_desc")]
             assert blocks[0][-1] == blocks[1][-1] >= head_dim and blocks[2][-1] == blocks[3][-1] >= head_dim_v
@@ -291,15 +297,38 @@ def test_forward_tiles_fit_in_shared_memory(head_dim):
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim_has_a_tile_that_a_multiprocessor_holds(head_dim):
-    flags = (False, True)
-    lengths = 1, 1024, 1025, 2048, 2049, 2**20
-    for causal, seqlen_k, raw, rows in itertools.product(flags, lengths, flags, (1, 128, 129)):
-        tile = hopper_tuning.forward_tile(head_dim, head_dim, causal, seqlen_k, raw, rows)
+    flags = ("causal", "windowed", "one_cut", "raw")
+    for rows, span, *given in itertools.product((1, 128, 129, 257), (1, 300, 1025, 2**20), *[(False, True)] * 4):
+        said = dict(zip(flags, given, strict=True))
+        tile = hopper_tuning.forward_tile(head_dim, head_dim, rows=rows, span=span, **said)
         warpgroups = tile.block_m // hopper_tuning.ROWS
         assert tile.block_m % hopper_tuning.ROWS == 0 and warpgroups in (2, 3), "the kernel specializes into 2 or 3"
         assert (warpgroups + 1) * 128 * tile.max_registers <= 65536, "with the loading warp's group"
         assert tile.key_stages >= 2 and tile.value_stages >= 2, "a product overlaps with the next tile's softmax"
         assert rows > 128 or warpgroups == 2, "a third would have nothing to do"
+        assert not (tile.hold_q and tile.share_q), "the queries' memory goes back once, and is not the output's"
+
+
+@pytest.mark.parametrize("options", [dict(causal=True), dict(window=(None, 37)), dict(window=(None, -5 + 64))])
+@pytest.mark.parametrize("group", [1, 4])
+def test_where_one_block_is_cut_no_other_is(options, group):
+    """Key block by key block: what the rows of a warpgroup see of it, by the band's definition."""
+    found = set()
+    for seqlen_q, seqlen_k in itertools.product((1, 63, 64, 190, 256), (1, 64, 127, 128, 190, 320, 321)):
+        called = config(seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_q=2 * group, heads_kv=2, **options)
+        said = forward_arguments(called)
+        found.add(said["ONE_CUT"])
+        if not said["ONE_CUT"]:
+            continue
+        query, key = torch.arange(seqlen_q)[:, None], torch.arange(seqlen_k)
+        seen = key <= query + seqlen_k - seqlen_q + (called.band[1] or 0)
+        for rows in seen.split(hopper_tuning.ROWS // said["PACK"]):
+            blocks = [block for block in rows.split(said["BLOCK_N"], dim=1) if block.any()]
+            assert all(block.all() for block in blocks[:-1]), (seqlen_q, seqlen_k)
+    assert found == {True, False}
+    for other in (dict(window=(9, None)), dict(varlen=True, total_q=256, total_k=256), dict(kv_lens=True)):
+        assert not forward_arguments(config(seqlen_q=256, seqlen_k=256, causal=True, **other))["ONE_CUT"]
+    assert forward_arguments(config(seqlen_q=256, seqlen_k=256, varlen=True, total_q=256, total_k=256))["ONE_CUT"]
 
 
 PACKS = {1: 1, 2: 2, 3: 1, 4: 4, 5: 1, 6: 2, 7: 1, 8: 8, 9: 1, 10: 2, 11: 1, 12: 4, 128: 64}

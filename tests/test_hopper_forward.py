@@ -70,10 +70,16 @@ def pass_turn(warpgroup, warpgroups):
     turn((warpgroup + 1) % warpgroups).release()
 
 
+def follow_together(highest, row_max, limit):
+    new_max = torch.where(highest > limit, highest, row_max)
+    return new_max, torch.exp2(row_max - new_max)
+
+
 FORWARD = HOPPER | dict(
     await_turn=await_turn,
     pass_turn=pass_turn,
     rescale=lambda acc, decay: acc * decay[:, None],
+    follow_together=follow_together,
     gl=SimpleNamespace(
         **vars(HOPPER["gl"])
         | dict(
@@ -135,10 +141,15 @@ CALLS = {
     "plain": config(),
     "plain, wide": config(128, seqlen_k=256),
     "causal": config(128, causal=True),
+    "causal, one cut": config(128, causal=True, seqlen_k=228),
+    "causal, one cut, more queries than keys": config(causal=True, seqlen_q=300, seqlen_k=140),
+    "one cut, right of the diagonal": config(window=(None, 20), seqlen_k=208),
     "more queries than keys": config(causal=True, seqlen_q=300, seqlen_k=150),
     "one query": config(seqlen_q=1),
     "three warpgroups": config(causal=True, seqlen_q=200, seqlen_k=1100, heads_q=1, heads_kv=1, batch=1),
+    "three warpgroups, one cut": config(causal=True, seqlen_q=200, seqlen_k=1160, heads_q=1, heads_kv=1, batch=1),
     "window": config(96, window=(130, 9)),
+    "wide window": config(128, window=(250, 30), seqlen_k=600),
     "window and sinks": config(256, window=(70, None), sinks=True, causal=True),
     "head dims": config(192, 128, heads_q=2),
     "everything": config(window=(150, 3), softcap=2.0, alibi=True, sinks=True, heads_q=6),
@@ -152,6 +163,7 @@ def test_results(call, splits):
     called = CALLS[call]
     if call == "plain, wide" and splits == 3:
         pytest.skip("splits: got 3, needs at most 2 for two blocks of keys of which all are seen")
+    assert "one cut" not in call or hopper._one_cut(called, called.heads_q // called.heads_kv)
     given = random_inputs(called)
     check(results_on_cpu(called, given, splits), expected(called, given))
 

@@ -192,7 +192,7 @@ HEAD_DIMS: dict[str, dict[str, Any]] = {
     "d192-dv128": dict(head_dim=192, head_dim_v=128, causal=True),
 }
 _HOPPER_EVERYTHING: dict[str, Any] = dict(
-    varlen=True, total_q=_ODD, total_k=_ODD, heads_kv=2, window=(128, 64), alibi=True, sinks=True
+    varlen=True, total_q=_ODD, total_k=_ODD, heads_kv=2, window=(300, 64), alibi=True, sinks=True
 )
 _DECODE: dict[str, Any] = dict(seqlen_q=1, seqlen_k=8192, heads_kv=2, kv_lens=True)
 _HOPPER_SPLITS: list[tuple[str, dict[str, Any]]] = [
@@ -217,11 +217,20 @@ HOPPER_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("d64 plain", dict(head_dim=64)),
         ("d64 causal", dict(head_dim=64, causal=True)),
         ("d64 causal k4096", dict(head_dim=64, causal=True, seqlen_q=4096, seqlen_k=4096)),
+        ("d64 causal cuts", dict(head_dim=64, causal=True, seqlen_q=_ODD)),
+        ("d64 causal cuts k4096", dict(head_dim=64, causal=True, seqlen_q=_ODD, seqlen_k=4096)),
+        ("d128 plain", dict(head_dim=128)),
+        ("d128 varlen", dict(head_dim=128, varlen=True, total_q=_ODD, total_k=_ODD)),
         ("d128 causal", dict(head_dim=128, causal=True)),
         ("d128 causal", dict(head_dim=128, causal=True, dtype=torch.float16)),
+        ("d128 causal cuts", dict(head_dim=128, causal=True, seqlen_q=_ODD)),
+        ("d64 narrow", dict(head_dim=64, window=(127, 0))),
+        ("d128 narrow", dict(head_dim=128, window=(127, 0))),
+        ("d128 window", dict(head_dim=128, window=(400, 0))),
         ("d128 packed-gqa", dict(head_dim=128, causal=True, heads_kv=2)),
         ("d192-dv128", dict(head_dim=192, head_dim_v=128, causal=True)),
         ("d256 causal", dict(head_dim=256, causal=True)),
+        ("d256 causal cuts", dict(head_dim=256, causal=True, seqlen_q=_ODD)),
         ("d128 everything", dict(head_dim=128, softcap=30.0, **_HOPPER_EVERYTHING)),
         *_HOPPER_SPLITS,
     ],

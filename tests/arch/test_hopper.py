@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -60,9 +61,13 @@ def test_every_tile_is_compiled():
     compiled = {
         tuple(launch_of(name, config)[1][key] for key in ("BLOCK_M", "BLOCK_N")) for name, config in FORWARD.items()
     }
-    tiles = [hopper_tuning.forward_tile(d, d, causal, length, raw, rows) for d in (64, 128, 256)
-             for causal in (False, True) for length in (512, 8192) for raw in (False, True)
-             for rows in (1, length)]  # fmt: skip
+    bands = [dict(causal=False, windowed=False), dict(causal=True, windowed=False), dict(causal=True, windowed=True)]
+    tiles = [
+        hopper_tuning.forward_tile(d, d, rows=rows, span=span, one_cut=one_cut, raw=raw, **band)
+        for d, rows, span, one_cut, raw, band in itertools.product(
+            (64, 128, 256), (1, 8192), (9, 8192), (False, True), (False, True), bands
+        )
+    ]
     assert {(tile.block_m, tile.block_n) for tile in tiles} <= compiled
     sizes = {launch_of(name, config)[1]["BLOCK_M"] for name, config in ONE_PASS.items()}
     assert sizes == {hopper_tuning.backward_block_m(d, d) for d in (64, 128)}

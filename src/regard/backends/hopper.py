@@ -212,12 +212,30 @@ def _forward_tile(config: AttentionConfig) -> tuple[hopper_tuning.HopperTile, in
     """Tile of the forward, and how many heads share it: as many of one key/value head as a power of two allows."""
     group = config.heads_q // config.heads_kv
     pack = min(group & -group, hopper_tuning.ROWS)
-    _, right = bounded_band(config)
-    raw = config.softcap == 0 and not config.alibi
+    left, right = bounded_band(config)
+    window = None if left is None or right is None else left + right + 1
     tile = hopper_tuning.forward_tile(
-        config.head_dim, config.head_dim_v, right is not None, config.seqlen_k, raw, config.seqlen_q * pack
+        config.head_dim,
+        config.head_dim_v,
+        rows=config.seqlen_q * pack,
+        span=config.seqlen_k if window is None else min(config.seqlen_k, window),
+        causal=right is not None,
+        windowed=window is not None,
+        one_cut=_one_cut(config, pack),
+        raw=config.softcap == 0 and not config.alibi,
     )
     return tile, pack
+
+
+def _one_cut(config: AttentionConfig, pack: int) -> bool:
+    """Whether of the key blocks that a warpgroup attends to only the first, at the right edge, may need a mask: there
+    is no left edge, and the right one leaves no block in the middle of a warpgroup's rows.
+    """
+    left, right = bounded_band(config)
+    if right is None:
+        return left is None
+    aligned = (config.seqlen_k - config.seqlen_q + right) % (hopper_tuning.ROWS // pack) == 0
+    return left is None and aligned and not config.varlen and not config.kv_lens
 
 
 def _query_tiles(config: AttentionConfig, tile: hopper_tuning.HopperTile, pack: int) -> int:
@@ -274,11 +292,14 @@ def forward_launch(
         VALUE_STAGES=tile.value_stages,
         PACK=pack,
         RAGGED=_cut(config, tile.block_n),
+        ONE_CUT=_one_cut(config, pack),
         SHARE_Q=tile.share_q,
+        HOLD_Q=tile.hold_q,
         TAKE_TURNS=tile.take_turns,
         PASS_EARLY=tile.pass_early,
         ONE_LOOP=tile.one_loop,
         RESCALE_EARLY=tile.rescale_early,
+        VOTE=tile.vote,
     )
     tiles = _query_tiles(config, tile, pack)
     if parts is not None:

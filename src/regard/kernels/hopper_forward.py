@@ -87,11 +87,14 @@ class Call:
     BLOCK_N: gl.constexpr
     PACK: gl.constexpr
     RAGGED: gl.constexpr
+    ONE_CUT: gl.constexpr
     SHARE_Q: gl.constexpr
+    HOLD_Q: gl.constexpr
     TAKE_TURNS: gl.constexpr
     PASS_EARLY: gl.constexpr
     ONE_LOOP: gl.constexpr
     RESCALE_EARLY: gl.constexpr
+    VOTE: gl.constexpr
 
 
 @gluon.jit
@@ -305,7 +308,7 @@ def weigh_keys(s, row_max, row_sum, column, first_key, stop, start, diagonal, ed
             if call.window_left is not None:
                 visible = visible & (column[None, :] >= (start - first_key)[:, None])
             s = gl.where(visible, s, float("-inf"))
-    return online_softmax(s, row_max, row_sum, factor)
+    return online_softmax(s, row_max, row_sum, factor, call.VOTE)
 
 
 @gluon.jit
@@ -407,6 +410,7 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
     dtype: gl.constexpr = call.keys.tiles.dtype
     LEFT: gl.constexpr = call.window_left is not None
     BAND: gl.constexpr = call.window_left is not None or call.right_reach is not None
+    EDGES: gl.constexpr = BAND and not call.ONE_CUT
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
     column = gl.arange(0, call.BLOCK_N, layout=gl.SliceLayout(0, s_layout))
@@ -457,6 +461,9 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
         # The first tile's scores have no product of weights and values to overlap with.
         call.queries.wait(tile * WARPGROUPS + WARPGROUP)
         q = matrix(call.queries.tile(tile * WARPGROUPS + WARPGROUP))
+        if call.HOLD_Q:
+            q = q.load(gl.DotOperandLayout(0, s_layout, 2))
+            call.queries.release(tile * WARPGROUPS + WARPGROUP)
         call.keys.wait(step)
         if call.TAKE_TURNS:
             await_turn(WARPGROUP)
@@ -478,7 +485,7 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
             # Right edge, interior and left edge of the band: three loops over one body, masked at the edges only. Or,
             # where registers are short, one loop with the mask behind a branch: what passes from loop to loop in 16
             # bits takes a whole register a value, so that three loops narrow the weights late.
-            if part == 1 or (not call.ONE_LOOP and (call.right_reach is not None if part == 0 else LEFT)):
+            if part == 1 or (EDGES and not call.ONE_LOOP and (call.right_reach is not None if part == 0 else LEFT)):
                 bottom = my_low
                 if not call.ONE_LOOP and part < 2:
                     bottom = full_high if part == 0 else gl.maximum(full_low, my_low)
@@ -487,18 +494,18 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
                     if not call.ONE_LOOP:
                         p = gl.convert_layout(weights.to(dtype), p_layout)
                     edge = part != 1
-                    if call.ONE_LOOP:
+                    if call.ONE_LOOP and EDGES:
                         edge = at_edge(rest, full_low, full_high, LEFT)
                     weights, acc, decay, row_max, row_sum = attend_block(
                         WARPGROUP, call, q, p, acc, decay, row_max, row_sum, column, rest * call.BLOCK_N, stop, start,
-                        diagonal, slope, step, edge, BAND and (call.ONE_LOOP or part != 1),
+                        diagonal, slope, step, edge, EDGES and (call.ONE_LOOP or part != 1),
                     )  # fmt: skip
                     if call.ONE_LOOP:
                         p = gl.convert_layout(weights.to(dtype), p_layout)
                     step += 1
         if not call.ONE_LOOP:
             p = gl.convert_layout(weights.to(dtype), p_layout)
-        if not call.SHARE_Q:
+        if not call.SHARE_Q and not call.HOLD_Q:
             call.queries.release(tile * WARPGROUPS + WARPGROUP)
         low = finish_tile(WARPGROUP, call, tile, step - 1, p, acc, decay, row_max, row_sum, row)
         if LEFT:
@@ -557,11 +564,14 @@ def attention_forward(
     VALUE_STAGES: gl.constexpr,
     PACK: gl.constexpr,  # query heads of one key/value head that share a tile
     RAGGED: gl.constexpr,  # the last key block may be cut
+    ONE_CUT: gl.constexpr,  # of the blocks that a warpgroup attends to, only the first may need a mask
     SHARE_Q: gl.constexpr,  # the output leaves through the queries' shared memory
+    HOLD_Q: gl.constexpr,  # the queries stay in registers
     TAKE_TURNS: gl.constexpr,  # the warpgroups start their products one after the other
     PASS_EARLY: gl.constexpr,  # the turn: once the products are under way, and not once the scores are there
     ONE_LOOP: gl.constexpr,  # see `attend_queries`
     RESCALE_EARLY: gl.constexpr,  # the sums, beside the next scores' product and not after their own
+    VOTE: gl.constexpr,  # see `online_softmax`
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     queries = make_ring(stages_for(q_desc, WARPGROUPS * QUERY_STAGES), WARPGROUPS * QUERY_STAGES, 1, 1)
@@ -579,7 +589,8 @@ def attention_forward(
         q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, counter_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
         kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, total_k, section, splits,
         scale, softcap, window_left, right_reach, queries, keys, values, records, out_tiles, clean,
-        HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, RAGGED, SHARE_Q, TAKE_TURNS, PASS_EARLY, ONE_LOOP, RESCALE_EARLY,
+        HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, RAGGED, ONE_CUT, SHARE_Q, HOLD_Q, TAKE_TURNS, PASS_EARLY, ONE_LOOP,
+        RESCALE_EARLY, VOTE,
     )  # fmt: skip
     if WARPGROUPS == 2:
         gl.warp_specialize(

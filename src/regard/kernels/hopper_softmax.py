@@ -20,17 +20,49 @@ def biased_scores(s, distance, scale, softcap, slope):
     return s * LOG2_E
 
 
+_FOLLOW = gl.constexpr(
+    "{ .reg .pred behind; "
+    "setp.gt.f32 behind, $4, $8; "
+    "setp.gt.or.f32 behind, $5, $9, behind; "
+    "vote.sync.any.pred behind, behind, -1; "
+    "mov.f32 $0, $6; mov.f32 $1, $7; mov.f32 $2, 0f3F800000; mov.f32 $3, 0f3F800000; "
+    "@!behind bra done; "
+    "setp.gt.f32 behind, $4, $8; selp.f32 $0, $4, $6, behind; "
+    "setp.gt.f32 behind, $5, $9; selp.f32 $1, $5, $7, behind; "
+    "sub.f32 $2, $6, $0; ex2.approx.ftz.f32 $2, $2; "
+    "sub.f32 $3, $7, $1; ex2.approx.ftz.f32 $3, $3; "
+    "done: }"
+)
+
+
 @gluon.jit
-def online_softmax(s, row_max, row_sum, factor):
+def follow_together(highest, row_max, limit):
+    """The new maximum of each row, ``highest`` where that is above ``limit``, and the decay of what came before. A warp
+    of whose rows none is above it works nothing out.
+    """
+    return gl.inline_asm_elementwise(
+        _FOLLOW, "=&f,=&f,=&f,=&f,f,f,f,f,f,f", [highest, row_max, limit], (gl.float32, gl.float32), True, 2
+    )
+
+
+@gluon.jit
+def online_softmax(s, row_max, row_sum, factor, VOTE: gl.constexpr):
     """One step of the online softmax: weights, the old state's decay, and the new state (maximum in log2 units).
 
     The maximum is a mere reference, which cancels in the end. It follows the scores only where they leave it far
     behind, so that nearly always the decay is 1 (the conditional rescaling of FlashAttention-4).
+
+    VOTE: warp by warp. What that saves is little; but ptxas puts the wait for the last product of weights and values no
+    earlier than its branch, so that the product runs beside the maxima. Otherwise it may put the wait before them.
     """
     highest = gl.max(s, 1) * factor
-    new_max = gl.where(highest > row_max + SLACK, highest, row_max)
+    limit = row_max + SLACK
+    if VOTE:
+        new_max, decay = follow_together(highest, row_max, limit)
+    else:
+        new_max = gl.where(highest > limit, highest, row_max)
+        decay = gl.exp2(row_max - new_max)
     weights = gl.exp2(s * factor - new_max[:, None])
-    decay = gl.exp2(row_max - new_max)
     return weights, decay, new_max, row_sum * decay + gl.sum(weights, 1)
 
 

@@ -17,7 +17,9 @@ class HopperTile(NamedTuple):
     products (FlashAttention-3's ping-pong).
     ``pass_early``: a turn ends once the products are under way, and not once the scores are there.
     ``one_loop``: see `hopper_forward.attend_queries`; it saves registers.
+    ``hold_q``: the queries stay in registers, so that products read less shared memory and the next tile's may come.
     ``rescale_early``: the sums are rescaled beside the product of the next scores, and not after their own product.
+    ``vote``: see `hopper_softmax.online_softmax`.
     """
 
     block_m: int
@@ -29,7 +31,9 @@ class HopperTile(NamedTuple):
     take_turns: bool = False
     pass_early: bool = True
     one_loop: bool = False
+    hold_q: bool = False
     rescale_early: bool = True
+    vote: bool = False
 
     @property
     def max_registers(self) -> int:
@@ -37,11 +41,14 @@ class HopperTile(NamedTuple):
         return 168 if self.block_m == 128 else 128
 
 
-# Three warpgroups hide more of the softmax at head dim 64; two waste less at the diagonal of a short causal call, and
-# have the registers for softcap and ALiBi.
+# Three warpgroups hide more of the softmax at head dim 64; two waste less at the diagonal and at the end of a short
+# sequence, and have the registers for softcap and ALiBi.
 _TWO_WARPGROUPS_64 = HopperTile(128, 128, 3, 3, query_stages=2, take_turns=True, one_loop=True)
-_SHORT_64 = 1024
-_SHORT_128 = 2048
+_SHORT_64 = 1024  # keys that a row sees
+_FEW_ROWS_64 = 256
+
+_NARROW = {64: 512, 128: 256}
+"""Keys of a window up to which blocks of 64 are faster than blocks of 128, by head dim."""
 
 MOST_SPLITS = 128
 _LEAST_KEYS = 1024  # of a tile that is split: below, merging costs what it saves
@@ -55,25 +62,35 @@ FORWARD = {
 }
 
 
-def forward_tile(head_dim: int, head_dim_v: int, causal: bool, seqlen_k: int, raw: bool, rows: int) -> HopperTile:
+def forward_tile(
+    head_dim: int, head_dim_v: int, *, rows: int, span: int, causal: bool, windowed: bool, one_cut: bool, raw: bool
+) -> HopperTile:
     """Tile of the Hopper forward.
 
     Args:
         head_dim, head_dim_v: D and Dv, at most 256.
-        causal: whether the right side of the band is bounded.
-        seqlen_k: keys of the longest sequence.
-        raw: whether scores need nothing but their scale (no softcap, no ALiBi).
         rows: of the longest sequence, of the heads that share a tile.
+        span: keys that a row sees, at most.
+        causal: whether the right side of the band is bounded.
+        windowed: whether both sides are.
+        one_cut: whether of the blocks that a warpgroup attends to only the first may need a mask.
+        raw: whether scores need nothing but their scale (no softcap, no ALiBi).
     """
     entry = table_head_dim(max(head_dim, head_dim_v))
-    two_suffice = rows <= _TWO_WARPGROUPS_64.block_m
-    if entry == 64 and (two_suffice or not raw or (causal and seqlen_k <= _SHORT_64)):
-        return _TWO_WARPGROUPS_64
     tile = FORWARD[entry]
-    return tile._replace(
-        share_q=tile.share_q and padded_head_dim(head_dim) == padded_head_dim(head_dim_v),
-        rescale_early=tile.rescale_early and (entry != 128 or causal or seqlen_k > _SHORT_128),
-    )
+    if entry == 64 and (rows <= _FEW_ROWS_64 or not raw or (causal and span <= _SHORT_64)):
+        tile = _TWO_WARPGROUPS_64
+    elif entry == 64:
+        tile = tile._replace(vote=causal and one_cut)
+    elif entry == 128 and raw and one_cut:
+        tile = tile._replace(one_loop=True, hold_q=not causal, vote=not causal)
+    elif entry == 128 and raw:
+        tile = tile._replace(one_loop=windowed)
+    elif entry == 256:
+        tile = tile._replace(share_q=padded_head_dim(head_dim) == padded_head_dim(head_dim_v))
+    if windowed and span <= _NARROW.get(entry, 0):
+        tile = tile._replace(block_n=64, key_stages=4, value_stages=4)
+    return tile
 
 
 def key_splits(tiles: int, keys: int, multiprocessors: int) -> int:
