@@ -167,5 +167,17 @@ def test_what_cannot_be_measured_is_said(suites, filters, sentence):
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["b1-s64-s65", "b1-s64-q5", "fwd-bwd-b1", "b1-s64-causal-causal", "b1-bf16-fp16"])
+def test_a_word_does_not_overrule_an_earlier_one(name):
+    with pytest.raises(ConfigError, match="beside another word for the same"):
+        parse(name)
+
+
+@pytest.mark.parametrize("name", ["b1-s64-paged=0", "b1-s64-paged=²"])
+def test_pages_hold_keys(name):
+    with pytest.raises(ConfigError):
+        parse(name)
+
+
 def test_a_grid_is_every_combination():
     assert len(list(grid(seqlen=(8, 16), head_dim=(8, 16, 32), causal=(True,)))) == 6

@@ -226,6 +226,15 @@ def test_no_rows_no_report(tmp_path, content, sentence):
     assert not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.parametrize("arguments, name", [(("-o", "."), "out"), (("--plots", "rows.jsonl"), "plots")])
+def test_what_cannot_be_written_is_said_in_a_sentence(tmp_path, monkeypatch, arguments, name):
+    monkeypatch.chdir(tmp_path)
+    rows.write(Path("rows.jsonl"), made_up_rows("longctx"))
+    result = command("rows.jsonl", *arguments)
+    assert result.exit_code == 2 and f"{name}: got {arguments[1]}, needs a" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 # --- In a browser
 
 

@@ -1,6 +1,7 @@
 """A run end to end: rows, resuming, interrupts, wrong and failing implementations, baselines, and bad input."""
 
 import json
+import math
 import shlex
 import time
 from pathlib import Path
@@ -230,6 +231,37 @@ def test_corrupt_lines_are_skipped_with_a_count_and_kept():
     assert whole in written()
 
 
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        ("ms_low", "fast"), ("tflops", None), ("bytes", 0), ("speedup", -1), ("speedup", True), ("reference", None),
+        ("reference", ["eager"]), ("mode", 3), ("host_us", "x"), ("status", "odd"), ("environment", []),
+        ("environment", {}), ("workload", "x"), ("workload", {}), ("date", 2026), ("error_ratio", math.nan),
+    ],
+)  # fmt: skip
+def test_a_row_that_was_tampered_with_is_none(whole_row, place, value):
+    assert rows.read(written_as(whole_row))[1] == 0
+    assert rows.read(written_as(whole_row | {place: value})) == ([], 1)
+
+
+@pytest.mark.parametrize("field, value", [("batch", "x"), ("seqlen_k", None), ("page_size", 0), ("window", "ab"),
+                                          ("dtype", "fp8"), ("colour", "red")])  # fmt: skip
+def test_a_row_of_no_workload_is_none(whole_row, field, value):
+    workload = whole_row["workload"] | {field: value}
+    assert rows.read(written_as(whole_row | {"workload": workload})) == ([], 1)
+
+
+@pytest.fixture
+def whole_row():
+    return dict(measured(cases=SMALL[:1]).rows[0])
+
+
+def written_as(row):
+    path = Path("altered.jsonl")
+    path.write_text(json.dumps(row) + "\n")
+    return path
+
+
 def test_rows_of_a_torn_write_do_not_swallow_the_next():
     """A run that was killed in the middle of a line, then resumed."""
     measured()
@@ -339,6 +371,10 @@ def test_without_nvidia_smi_or_git_the_rest_is_recorded(monkeypatch):
         ([], "suite: got none, needs one of quick"),
         (["--case", "b1-s8-nonsense"], "case: got 'nonsense' in 'b1-s8-nonsense'"),
         (["--seqlen", "12x"], "seqlen: got '12x', needs whole numbers"),
+        (["--seqlen", "²"], "seqlen: got '²', needs whole numbers"),
+        (["quick", "--report", "."], "report: got ., needs a file that can be written"),
+        (["quick", "--report", "page.html/page.html"], "report: got page.html/page.html, needs a file"),
+        (["quick", "--out", "page.html/rows"], "out: got page.html/rows, needs a file that can be written"),
         (["--heads", "3", "--heads-kv", "2"], "heads_q: got 3 query heads"),
         (["quick", "--seqlen", "77"], "grid: got seqlen 77"),
         (["quick", "--causal", "maybe"], "causal: got 'maybe', needs yes, no or both"),
@@ -353,6 +389,7 @@ def test_without_nvidia_smi_or_git_the_rest_is_recorded(monkeypatch):
     ],
 )
 def test_bad_input_is_one_sentence_and_measures_nothing(arguments, sentence, tmp_path):
+    Path("page.html").touch()  # no folder
     result = command(*arguments, *([] if "--device" in arguments else ["--device", "cpu"]))
     assert result.exit_code == 2, result.output
     assert len(result.stderr.strip().splitlines()) == 1 and sentence in result.stderr

@@ -73,6 +73,8 @@ class Workload:
         for size in ("batch", "seqlen_q", "seqlen_k"):
             if getattr(self, size) < 1:
                 raise ConfigError(size, getattr(self, size), "at least 1: nothing is computed otherwise")
+        if self.page_size is not None and self.page_size < 1:
+            raise ConfigError("page_size", self.page_size, "at least 1 key a page")
         for name, pattern in (("bias", self.bias), ("mask", self.mask)):
             if pattern is not None and not MASK_PATTERN.fullmatch(pattern):
                 raise ConfigError(name, repr(pattern), "a pattern such as 1hqk: b or 1, h or 1, q or 1, k or 1")
@@ -168,6 +170,8 @@ def parse(name: str) -> Workload:
         found = _parse_word(word)
         if found is None:
             raise ConfigError("case", f"{word!r} in {name!r}", GRAMMAR)
+        if values.keys() & found.keys():
+            raise ConfigError("case", f"{word!r} beside another word for the same in {name!r}", GRAMMAR)
         values |= found
     values.setdefault("heads_kv", values.get("heads_q", Workload.heads_kv))
     for side, other in (("seqlen_q", "seqlen_k"), ("seqlen_k", "seqlen_q")):
@@ -199,7 +203,7 @@ def _parse_word(word: str) -> dict[str, Any] | None:
         return {"softcap": float(value)}
     if key in ("bias", "mask"):
         return {key: value}
-    if key == "paged" and value.isdigit():
+    if key == "paged" and value.isdecimal():
         return {"page_size": int(value)}
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,6 +134,8 @@ def bench(
         before = None if compare is None else baselines.load(compare)
         if save is not None:
             baselines.check_name(save)
+        _check_place("report", html)
+        _check_place("out", out)
         _set_threads(threads)
         filters = _filters(
             mode=mode, dtype=dtype, batch=batch, seqlen=seqlen, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_q=heads,
@@ -168,6 +171,8 @@ def report(
 
         if missing := missing_packages():
             raise ConfigError("report", f"no {' and '.join(missing)}", _INSTALL)
+        _check_place("out", out)
+        _check_place("plots", plots, folder=True)
         found, corrupt = rows.read_all(rows_files)
         _say_corrupt(corrupt)
         if not found:
@@ -352,7 +357,7 @@ def _filters(**given: str | None) -> dict[str, Sequence[Any]]:
 
 
 def _size(name: str, word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
+    if not word.isdecimal() or int(word) < 1:
         raise ConfigError(name.replace("_", "-"), repr(word), "whole numbers of at least 1, with commas: 512,1024")
     return int(word)
 
@@ -372,7 +377,7 @@ def _window(word: str) -> tuple[int | None, int | None] | None:
     sides = word.split(":")
     if word == "none":
         return None
-    if len(sides) != 2 or not all(side == "none" or side.isdigit() for side in sides):
+    if len(sides) != 2 or not all(side == "none" or side.isdecimal() for side in sides):
         raise ConfigError("window", repr(word), "LEFT:RIGHT, each a number or none, or none alone: 1024:0")
     left, right = (None if side == "none" else int(side) for side in sides)
     return left, right
@@ -381,6 +386,15 @@ def _window(word: str) -> tuple[int | None, int | None] | None:
 def _split(names: Sequence[str] | None) -> list[str] | None:
     found = [name.strip() for given in names or () for name in given.split(",") if name.strip()]
     return found or None
+
+
+def _check_place(argument: str, path: Path | None, *, folder: bool = False) -> None:
+    """Raise a `ConfigError` unless this file, or folder, can be written."""
+    if path is None:
+        return
+    nearest = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if nearest.is_dir() != (folder or nearest != path.absolute()) or not os.access(nearest, os.W_OK):
+        raise ConfigError(argument, str(path), f"a {'folder' if folder else 'file'} that can be written")
 
 
 def _say_corrupt(corrupt: int) -> None:

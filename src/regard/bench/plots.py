@@ -8,8 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from regard.bench.cases import Workload
-from regard.bench.rows import Row
+from regard.bench.rows import Row, workload_of
 
 # Okabe and Ito's palette, told apart by the colour-blind and legible on white and on black; yellow and black left out.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
@@ -212,7 +211,7 @@ def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows that differ in length only, by what they share; of several batches at a length the largest."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        workload = Workload(**{**row["workload"], "window": _pair(row["workload"]["window"])})
+        workload = workload_of(row)
         shared = [workload.mode] if workload.mode != "fwd" else []
         if workload.heads_q != workload.heads_kv:
             shared.append(f"h{workload.heads_q}/{workload.heads_kv}")
@@ -314,7 +313,3 @@ def _svg(figure: Any, salt: str, tight: bool = True) -> str:
 
 def _length(length: int) -> str:
     return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else str(length)
-
-
-def _pair(window: Sequence[int | None] | None) -> tuple[int | None, int | None] | None:
-    return None if window is None else (window[0], window[1])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from regard.bench.cases import Workload
 from regard.errors import ConfigError
 
 SCHEMA = 1
@@ -29,6 +31,15 @@ error_ratio: largest error in units of what the tolerance rule allows.
 chosen: the backend automatic selection takes for the workload.
 workload, environment, date, command: everything needed to repeat it.
 """
+
+_TEXTS = ("case", "implementation", "device", "status", "suite")  # of every row
+_TEXTS_IF_ANY = ("mode", "date", "command", "reason", "timer", "reference", "chosen")
+_POSITIVE_IF_ANY = (
+    "ms", "ms_low", "ms_high", "tflops", "gbs", "matmul_tflops", "copy_gbs", "matmul_share", "copy_share", "flops",
+    "bytes", "input_bytes", "result_bytes", "speedup",
+)  # fmt: skip
+_NOT_NEGATIVE_IF_ANY = ("host_us", "first_call_ms", "peak_bytes", "error_ratio")
+_OF_A_TIMED_WORKLOAD = ("mode", "command", "timer", *_POSITIVE_IF_ANY[:-1])
 
 Key = tuple[str, str, str]
 
@@ -89,12 +100,47 @@ def _parsed(line: str) -> Row | None:
         return None
     if not isinstance(row, dict) or row.get("schema") != SCHEMA:
         return None
-    text = ("case", "implementation", "device", "status", "suite")
-    if not all(isinstance(row.get(name), str) for name in text) or not isinstance(row.get("environment"), dict):
-        return None
-    if row["status"] == "ok" and not (isinstance(row.get("ms"), (int, float)) and 0 < row["ms"] < math.inf):
-        return None
-    return row
+    return row if _is_whole(row) else None
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether what reads rows finds in this one what it needs, in the types it has when a run writes it."""
+    given = {name for name, value in row.items() if value is not None}
+    if not all(isinstance(row.get(name), str) for name in (*_TEXTS, *given.intersection(_TEXTS_IF_ANY))):
+        return False
+    if not all(_is_number(row[name]) and row[name] > 0 for name in given.intersection(_POSITIVE_IF_ANY)):
+        return False
+    if not all(_is_number(row[name]) and row[name] >= 0 for name in given.intersection(_NOT_NEGATIVE_IF_ANY)):
+        return False
+    if not isinstance(row.get("environment"), dict) or ("speedup" in given and "reference" not in given):
+        return False
+    if row["status"] != "ok":
+        return "reason" in given
+    if "workload" not in row:
+        return "ms" in given
+    complete = given.issuperset(_OF_A_TIMED_WORKLOAD) and "host_us" in row and "machine" in row["environment"]
+    return complete and _is_workload(row["workload"])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_workload(described: object) -> bool:
+    if not isinstance(described, dict) or set(described) != {field.name for field in fields(Workload)}:
+        return False
+    try:
+        workload_of({"workload": described})
+    except (TypeError, ValueError):  # what is no size, or no call that can be (`ConfigError`)
+        return False
+    return True
+
+
+def workload_of(row: Mapping[str, Any]) -> Workload:
+    """The workload of a row, whose window is a list after JSON."""
+    described: dict[str, Any] = row["workload"]
+    window = described["window"]
+    return Workload(**{**described, "window": None if window is None else tuple(window)})
 
 
 def geometric_mean(values: Sequence[float]) -> float:
