@@ -210,6 +210,14 @@ def test_varlen_takes_no_padded_extras(name):
         ("mask", {"mask_shape": (1, 1, 3, 9)}),
         ("mask", {"mask_shape": [1, 1, 4, 9]}),
         ("bias", {"bias_shape": (9,)}),
+        ("bias", {"bias_shape": (1, 1, 4, 9), "bias_dtype": torch.int8}),
+        ("bias", {"bias_shape": (1, 1, 4, 9), "bias_dtype": "float32"}),
+        ("bias_shape", {"bias_dtype": torch.float32}),
+        ("bias_shape", {"bias_requires_grad": True}),
+        ("q_strides", {"q_strides": [256, 64, 16, 1]}),
+        ("k_strides", {"k_strides": (16, 1)}),
+        ("v_strides", {"v_strides": (288, 32, 16, 1.0)}),
+        ("q_strides", {"varlen": True, "total_q": 4, "total_k": 9, "q_strides": (256, 64, 16, 1)}),
     ],
 )
 def test_malformed_description_is_named(argument, changes):
@@ -217,6 +225,12 @@ def test_malformed_description_is_named(argument, changes):
     with pytest.raises(ConfigError) as raised:
         AttentionConfig(**{**fields, **changes})
     assert raised.value.argument == argument
+
+
+def test_a_bias_is_in_the_dtype_of_q_unless_said_otherwise():
+    config = AttentionConfig(2, 4, 9, 4, 2, 16, dtype=torch.float16, bias_shape=(1, 1, 4, 9))
+    assert config.bias_dtype == torch.float16
+    assert config.bytes() - dataclasses.replace(config, bias_shape=None, bias_dtype=None).bytes() == 4 * 9 * 2
 
 
 def test_a_window_without_bounds_is_none():

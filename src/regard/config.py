@@ -89,7 +89,7 @@ class AttentionConfig:
         window: inclusive ``(left, right)`` around ``i + Sk - Sq``; ``None`` is unlimited on that side.
         softcap: 0 is off; else ``s = softcap * tanh(s / softcap)``.
         mask_shape, bias_shape: 4-D shapes before broadcasting, or None.
-        bias_dtype, bias_requires_grad: of the additive bias.
+        bias_dtype, bias_requires_grad: of the additive bias; default dtype and False.
         alibi, sinks: whether ALiBi slopes, sink logits are given.
         dropout_p: probability that an attention weight is dropped.
         varlen: packed sequences with cu_seqlens; ``total_q`` and ``total_k`` are their summed lengths.
@@ -142,6 +142,8 @@ class AttentionConfig:
         _check_sizes(self)
         if self.softmax_scale is None:
             object.__setattr__(self, "softmax_scale", self.head_dim**-0.5)
+        if self.bias_shape is not None and self.bias_dtype is None:
+            object.__setattr__(self, "bias_dtype", self.dtype)
         if isinstance(self.window, tuple) and self.window == (None, None):
             object.__setattr__(self, "window", None)
         _check_semantics(self)
@@ -500,6 +502,19 @@ def _check_semantics(config: AttentionConfig) -> None:
             or any(n not in (1, size) for n, size in zip(shape, full, strict=True))
         ):
             raise ConfigError(name, f"shape {shape}", f"a tuple that broadcasts to (B, Hq, Sq, Sk) = {full}")
+    if config.bias_dtype is not None and config.bias_dtype not in FLOAT_DTYPES:
+        raise ConfigError("bias", repr(config.bias_dtype), "a float dtype")
+    if config.bias_shape is None and (config.bias_dtype is not None or config.bias_requires_grad):
+        raise ConfigError("bias_shape", None, "a shape, since bias_dtype or bias_requires_grad is given")
+    rank = 3 if config.varlen else 4
+    for name in ("q_strides", "k_strides", "v_strides"):
+        strides = getattr(config, name)
+        if strides is not None and not (
+            isinstance(strides, tuple)
+            and len(strides) == rank
+            and all(isinstance(stride, (int, torch.SymInt)) for stride in strides)
+        ):
+            raise ConfigError(name, repr(strides), f"a tuple of {rank} ints, or None for contiguous")
 
 
 def _check_extras(
