@@ -320,6 +320,23 @@ def test_the_plan_of_the_latest_call_is_recalled(monkeypatch, call):
     call(torch.randn(B, S, H, D))
 
 
+def test_plans_of_calls_that_take_turns_are_recalled(monkeypatch):
+    """Self- and cross-attention of several shapes, with and without a mask, under one set of options."""
+    calls = [(torch.randn(B, S, H, D), torch.randn(B, keys, H, D)) for keys in (8, 9, 10)]
+
+    def run():
+        for q, k in calls:
+            for mask in (None, torch.ones(S, k.shape[1], dtype=torch.bool)):
+                with regard.record_selections() as recorded:
+                    regard.attention(q, k, k.clone(), mask=mask)
+                ((config, _),) = recorded
+                assert (config.seqlen_k, config.mask_shape is None) == (k.shape[1], mask is None)
+
+    run()
+    monkeypatch.setattr(plans, "make", None)
+    run()
+
+
 @pytest.mark.parametrize(
     "context",
     [

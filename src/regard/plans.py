@@ -51,7 +51,7 @@ class Plan(NamedTuple):
 
 
 def recall(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Plan | None:
-    """The plan of the latest call with these options, where this one is alike in all that a plan depends on.
+    """The plan of a call with these options, where this one is alike in all that a plan depends on.
 
     `TensorGuards` compares type, shape, strides, dtype, device, requires_grad and the dispatcher's state at once: this
     takes a fifth of the time of `make`. That state shows autocast and inference mode, and all that `is_watched`
@@ -63,31 +63,21 @@ def recall(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | No
     if is_watched_silently():
         return None
     try:
-        known = _latest.find(_said(options, backend))
+        kept = _latest.find(_said(options, backend))
     except ValueError:  # what cannot be said in bytes, such as a float of numpy
         return None
-    if known is None or known.state != registry.state:
+    if kept is None:
         return None
-    q, k, v, mask, bias, slopes, sinks, offsets_q, offsets_k, kv_lens, pages = tensors
-    if known.look is not None:
-        alone = bias is slopes is sinks is offsets_q is offsets_k is kv_lens is pages is None
-        if not alone or (mask is None) is known.masked:
-            return None
-        if not (known.look.check(q, k, v) if mask is None else known.look.check(q, k, v, mask)):
-            return None
-    else:
-        for look, tensor in zip(known.looks, tensors):  # noqa: B905 - as many as there are `TENSORS`
-            if tensor is None:
-                if look is not None:
-                    return None
-            elif look is None or not look.check(tensor):
+    state = registry.state
+    for known in kept:
+        if known.state == state and known.shows(tensors):
+            plan = known.plan
+            if known.look is None and not _values_fit(plan.config, tensors, options):
                 return None
-        if not _values_fit(known.plan.config, tensors, options):
-            return None
-    plan = known.plan
-    if registry.recorders.get():
-        registry.record(plan.config, plan.selection)
-    return plan
+            if registry.recorders.get():
+                registry.record(plan.config, plan.selection)
+            return plan
+    return None
 
 
 def make(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None) -> Plan:
@@ -108,7 +98,9 @@ def make(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None
     plan = Plan(config, selection, None if traced else shortcut, traced)
     if not traced and TensorGuards is not None:
         with contextlib.suppress(ValueError):
-            _latest.keep(_said(options, backend), _Latest(*_looks(config, tensors), registry.state, plan))
+            said = _said(options, backend)
+            latest = _Latest(*_looks(config, tensors), registry.state, plan)
+            _latest.keep(said, (latest, *(_latest.find(said) or ())[: _TAKING_TURNS - 1]))
     return plan
 
 
@@ -132,6 +124,24 @@ class _Latest(NamedTuple):
     looks: tuple[Any, ...]
     state: tuple[int, str | None]
     plan: Plan
+
+    def shows(self, tensors: tuple[Any, ...]) -> bool:
+        """Whether these tensors look the same."""
+        look = self.look
+        if look is None:
+            for each, tensor in zip(self.looks, tensors):  # noqa: B905 - as many as there are `TENSORS`
+                if tensor is None or each is None:
+                    if tensor is not each:
+                        return False
+                elif not each.check(tensor):
+                    return False
+            return True
+        q, k, v, mask, bias, slopes, sinks, offsets_q, offsets_k, kv_lens, pages = tensors
+        alone = bias is slopes is sinks is offsets_q is offsets_k is kv_lens is pages is None
+        if not alone or (mask is None) is self.masked:
+            return False
+        same: bool = look.check(q, k, v) if mask is None else look.check(q, k, v, mask)
+        return same
 
 
 def _looks(config: AttentionConfig, tensors: tuple[Tensor | None, ...]) -> tuple[Any, bool, tuple[Any, ...]]:
@@ -270,5 +280,6 @@ class _Recent(Generic[_Kept]):
         self._younger[key] = kept
 
 
+_TAKING_TURNS = 8  # looks of calls with the same options, as of self- and cross-attention, that are told apart at once
 _recent: _Recent[AttentionConfig] = _Recent(512)
-_latest: _Recent[_Latest] = _Recent(512)
+_latest: _Recent[tuple[_Latest, ...]] = _Recent(64)
