@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import regard
+from regard.backends import cpu_fused
 from regard.backends.cpu import CpuBackend
 from regard.backends.reference import ReferenceBackend
 from regard.config import AttentionConfig, AttentionInputs
@@ -59,6 +60,15 @@ def test_nan_of_a_query_stays_in_its_row(keys, arguments):
     for out, lse in results:
         assert out[0, 3, 1].isnan().all() and lse[0, 1, 3].isnan() and out.isnan().sum() == 8
     torch.testing.assert_close(*results, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("side", [3, 130])
+def test_an_additive_mask_is_made_of_any_strides(side, dtype):
+    square = torch.rand(side, side) > 0.5
+    for mask in (square, square.T, square[:, :1].expand(-1, side), square[::2, 1:], square.flip(1)):
+        expected = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, float("-inf"))
+        assert torch.equal(cpu_fused.additive_mask(mask, dtype), expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -256,7 +256,7 @@ def _run(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None
     q, k, v, mask = tensors[:4]
     if shortcut is not None:
         try:
-            return shortcut(q, k, v) if mask is None else shortcut(q, k, v, _four_dimensional(mask))
+            return shortcut(q, k, v) if mask is None else shortcut(q, k, v, mask)
         except Exception:  # noqa: S110 - the long way says what is wrong, or finds another backend
             pass
     bias, *rest = tensors[4:]
@@ -302,7 +302,7 @@ def _autocast(tensors: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _four_dimensional(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.ndim == 4 else tensor[(None,) * (4 - tensor.ndim)]
+    return tensor if tensor is None or tensor.ndim == 4 else tensor.view(*(1,) * (4 - tensor.ndim), *tensor.shape)
 
 
 def _draw_seed(config: AttentionConfig, q: Tensor) -> Tensor | None:

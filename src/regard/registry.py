@@ -31,7 +31,7 @@ Gradients = dict[str, Tensor | None]
 """Gradients by input name: q, k, v always; bias and sinks where given."""
 
 Shortcut = Callable[..., Tensor]
-"""From q, k and v in the caller's layout, and a mask of four dimensions if the call has one, to out in the layout."""
+"""From q, k and v in the caller's layout, and the caller's mask if there is one, to out in the layout."""
 
 
 @runtime_checkable

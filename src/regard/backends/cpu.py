@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from regard.backends import cpu_fused as fused
+from regard.backends.cpu_row import row_call
 from regard.backends.reference import compact, dropout_keep, gather_pages
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
@@ -67,9 +68,9 @@ class CpuBackend:
         return out, lse
 
     def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
-        call = fused.one_call(config)
-        if call is None:
-            return None
+        products, call = row_call(config, layout), fused.one_call(config)
+        if products is not None or call is None:
+            return products
         if layout == "bhsd":
             return lambda *tensors: compact(call(*tensors)[0])
         return lambda q, k, v, *mask: (
@@ -377,7 +378,7 @@ def _additive_mask(piece: _Piece, rows: range, keys: range) -> Tensor | None:
     if added is None:
         if visible is None:
             return None
-        return torch.where(visible, *fused.seen_and_hidden(piece.q.dtype))
+        return fused.additive_mask(visible, piece.q.dtype)
     if added.dtype != piece.q.dtype:
         added = added.to(_accumulator(piece.q.dtype))
     return added if visible is None else torch.where(visible, added, -_INF)

@@ -20,6 +20,7 @@ FULL_SPEED_ROWS = 256  # fewest rows for which it works at full speed
 _PAIRS_KEPT = 2**18  # of a causal mask that is kept; calls with more take so long that a mask is soon made
 _WORTH_GROUPING = 2**16  # key elements, times query heads beyond two in a group, for one product of the group to pay
 _WORTH_DOUBLING = 2**15  # key elements for two bfloat16 rows to take less time than one
+_WORTH_SHIFTING = 2**14  # elements of a mask for three operations without branches to take less time than one with them
 _INF = float("inf")
 
 kernel = torch._scaled_dot_product_flash_attention_for_cpu
@@ -74,10 +75,14 @@ def _masked_call(config: AttentionConfig) -> Call | None:
     form, causal, exact = _form(config), config.causal and rows > 1, needs_exact_lse(config)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        seen, hidden = seen_and_hidden(dtype)
-        additive = _causal_mask(rows, keys, dtype) if causal else seen
-        if mask is not None:
-            additive = torch.where(mask, additive, hidden)
+        if mask is None:
+            additive = _causal_mask(rows, keys, dtype)
+        else:
+            additive = additive_mask(mask, dtype)
+            if mask.ndim in (1, 3):  # the kernel takes two and four
+                additive = additive[None]
+            if causal:
+                additive = additive + _causal_mask(rows, keys, dtype)
         out, lse = form(q, k, v, attn_mask=additive)
         return out, checked_lse(lse, additive, exact=exact)
 
@@ -119,12 +124,23 @@ def checked_lse(lse: Tensor, additive: Tensor, *, exact: bool) -> Tensor:
     Raises:
         FloatingPointError: some of it is NaN, which may have leaked from a hidden key.
     """
-    least = lse.min().item()
-    if math.isnan(least):
+    if not lse.equal(lse):
         raise FloatingPointError("NaN in lse")
-    if not exact or least > 0 or not (lse == 0).any():
+    if not exact or not (lse == 0).any():
         return lse
     return lse.masked_fill((additive.amax(-1) == -_INF).expand(lse.shape), -_INF)
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What hides scores by being added to them: 0 where a mask is True, and -inf."""
+    if mask.numel() < _WORTH_SHIFTING:
+        return torch.where(mask, *seen_and_hidden(dtype))
+    bits, mantissa = _LAYOUTS[dtype]
+    return mask.to(bits).sub_(1).bitwise_left_shift_(mantissa).view(dtype)
+
+
+_LAYOUTS = {torch.float32: (torch.int32, 23), torch.bfloat16: (torch.int16, 7), torch.float64: (torch.int64, 52)}
+"""Of the dtypes that the kernel is given: an integer of as many bits, and those of the mantissa, below -inf's ones."""
 
 
 @functools.cache
@@ -173,7 +189,7 @@ def _grouped_row(
     batch, heads, _, head_dim = q.shape
     heads_kv = k.shape[1]
     group = heads // heads_kv
-    if attn_mask is not None and attn_mask.shape[1] != 1:
+    if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] != 1:
         attn_mask = attn_mask.reshape(attn_mask.shape[0], heads_kv, group, -1)
     out, lse = kernel(q.reshape(batch, heads_kv, group, head_dim), k, v, attn_mask=attn_mask, scale=scale)
     return out.reshape(batch, heads, 1, head_dim), lse.reshape(batch, heads, 1)
