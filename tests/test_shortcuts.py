@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import regard
-from regard.backends.cpu_row import row_call
 from regard.backends.reference import ReferenceBackend
 from regard.registry import registry
 from regard.testing import assert_close
@@ -191,6 +190,8 @@ MASKED = {  # Sq, Sk, causal, the mask's shape
     "many rows": (300, 40, True, (300, 40)),
     "many pairs": (130, 150, True, (130, 150)),
     "many pairs of heads": (60, 80, False, (4, 60, 80)),
+    "a long row for every head": (1, 2500, False, (4, 1, 2500)),
+    "a long row for every sequence": (1, 2500, False, (2500,)),
 }
 
 
@@ -236,80 +237,6 @@ def test_a_causal_mask_made_in_inference_mode_serves_training():
     found = [t.grad for t in (q, k, v)]
     expected = torch.autograd.grad(regard.attention(q, k, v, causal=True, backend="reference").sum(), (q, k, v))
     torch.testing.assert_close(found, list(expected))
-
-
-PRODUCTS = {  # batch, Sk, Hq, Hk, the mask's shape
-    "groups": (1, 600, 8, 2, None),
-    "few keys": (1, 3, 1600, 1, None),
-    "single heads": (1, 2100, 8, 8, None),
-    "sequences": (3, 300, 8, 2, None),
-    "a mask": (1, 600, 8, 2, (600,)),
-    "a mask for every head": (1, 600, 8, 2, (8, 1, 600)),
-    "masks for every head of sequences": (3, 300, 8, 2, (3, 8, 1, 300)),
-    "a column": (3, 300, 8, 2, (3, 8, 1, 1)),
-}
-
-
-@pytest.fixture
-def one_thread(monkeypatch):
-    """More of them would want as many products."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-
-
-def one_row(case, layout, dtype=torch.float32):
-    """q, k and v, of part of a longer cache, and a mask or None: a call that is made of two products."""
-    batch, sk, heads, heads_kv, shape = case
-    q = torch.randn(batch, heads, 1, 16, dtype=dtype)
-    k, v = (torch.randn(batch, heads_kv, sk + 7, 16, dtype=dtype)[:, :, :sk] for _ in "kv")
-    if layout == "bshd":
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    mask = None if shape is None else torch.rand(shape) > 0.4
-    config = regard.AttentionConfig.from_tensors(q, k, v, mask=mask, layout=layout)
-    assert row_call(config, layout) is not None
-    return q, k, v, mask
-
-
-@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("case", PRODUCTS.values(), ids=PRODUCTS)
-def test_rows_by_two_products(one_thread, case, dtype, layout):
-    q, k, v, some = one_row(case, layout, dtype)
-    call = dict(causal=True, layout=layout, softmax_scale=0.4)
-    for mask in [None] if some is None else [some, torch.zeros_like(some)]:
-        out = regard.attention(q, k, v, mask=mask, **call, backend="cpu")
-        plain = regard.attention(q, k, v, mask=mask, **call, backend="reference")
-        truth = regard.attention(q.double(), k.double(), v.double(), mask=mask, **call, backend="reference")
-        assert_close(out, truth, plain)
-        assert out.is_contiguous()
-
-
-def test_rows_by_two_products_with_numbers_that_are_none(one_thread):
-    """NaN in a hidden key and in a visible one, scores that are all -inf, and inf: as in the reference."""
-    q, k, v, mask = one_row(PRODUCTS["a mask"], "bshd")
-    q.abs_()
-    mask[3], mask[4] = False, True
-    for key, number in ((3, "nan"), (4, "nan"), (slice(None), "-inf"), (4, "inf")):
-        changed = k.clone(memory_format=torch.preserve_format)
-        changed[:, key, 0] = float(number)
-        for seen in (mask, None):
-            found, expected = (regard.attention(q, changed, v, mask=seen, backend=n) for n in ("cpu", "reference"))
-            torch.testing.assert_close(found, expected, equal_nan=True)
-
-
-def test_rows_that_are_not_made_of_two_products(one_thread):
-    """Batch and heads that are not one dimension, few keys, another dtype, more rows, a mask of every sequence."""
-
-    def offered(sk=600, rows=1, dtype=torch.float32, layout="bhsd", heads_kv=2, **options):
-        q, k = torch.randn(3, 8, rows, 16, dtype=dtype), torch.randn(3, heads_kv, sk, 16, dtype=dtype)
-        if layout == "bshd":
-            q, k = (t.transpose(1, 2).contiguous() for t in (q, k))
-        config = regard.AttentionConfig.from_tensors(q, k, k, layout=layout, **options)
-        return row_call(config, layout) is not None
-
-    assert offered() and offered(sk=2000, heads_kv=8)
-    for change in (dict(layout="bshd"), dict(sk=60), dict(sk=60, heads_kv=8), dict(dtype=torch.bfloat16), dict(rows=2),
-                   dict(mask=torch.ones(3, 1, 1, 600, dtype=torch.bool))):  # fmt: skip
-        assert not offered(**change), change
 
 
 @pytest.mark.parametrize("sizes", DECODING)

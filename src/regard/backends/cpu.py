@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from regard.backends import cpu_fused as fused
-from regard.backends.cpu_row import row_call
 from regard.backends.reference import compact, dropout_keep, gather_pages
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
@@ -68,9 +67,9 @@ class CpuBackend:
         return out, lse
 
     def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
-        products, call = row_call(config, layout), fused.one_call(config)
-        if products is not None or call is None:
-            return products
+        call = fused.one_call(config)
+        if call is None:
+            return None
         if layout == "bhsd":
             return lambda *tensors: compact(call(*tensors)[0])
         return lambda q, k, v, *mask: (

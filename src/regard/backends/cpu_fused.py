@@ -134,7 +134,7 @@ def checked_lse(lse: Tensor, additive: Tensor, *, exact: bool) -> Tensor:
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What hides scores by being added to them: 0 where a mask is True, and -inf."""
     if mask.numel() < _WORTH_SHIFTING:
-        return torch.where(mask, *seen_and_hidden(dtype))
+        return torch.where(mask, *_seen_and_hidden(dtype))
     bits, mantissa = _LAYOUTS[dtype]
     return mask.to(bits).sub_(1).bitwise_left_shift_(mantissa).view(dtype)
 
@@ -144,7 +144,7 @@ _LAYOUTS = {torch.float32: (torch.int32, 23), torch.bfloat16: (torch.int16, 7), 
 
 
 @functools.cache
-def seen_and_hidden(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _seen_and_hidden(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What an additive mask holds."""
     with torch.inference_mode(False):  # which what is kept must not come from
         return torch.tensor(0.0, dtype=dtype, device="cpu"), torch.tensor(-_INF, dtype=dtype, device="cpu")
