@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -206,3 +207,11 @@ def test_the_baseline_is_the_reference_where_nothing_is_rounded(name):
 
 def test_case_names_are_unique():
     assert len(BY_NAME) == len(CASES)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_said_in_a_sentence(device, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["testing", "--backend", "cpu", "--device", device])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "error: argument --device: " in capsys.readouterr().err

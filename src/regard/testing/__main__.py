@@ -22,6 +22,10 @@ def main() -> int:
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], metavar="NAME")
     parser.add_argument("--json", type=Path, help="write every result to this file")
     arguments = parser.parse_args()
+    try:
+        torch.empty(0, device=arguments.device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # by what it lacks, torch raises one of these
+        parser.error(f"argument --device: {str(error).splitlines()[0]}")
     report = run_conformance(
         arguments.backend,
         arguments.device,
