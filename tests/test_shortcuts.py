@@ -188,8 +188,8 @@ MASKED = {  # Sq, Sk, causal, the mask's shape
     "more queries than keys": (24, 17, True, None),
     "few keys": (9, 9, False, (9, 9)),
     "many rows": (300, 40, True, (300, 40)),
-    "many pairs": (130, 150, True, (130, 150)),
-    "many pairs of heads": (60, 80, False, (4, 60, 80)),
+    "many pairs": (200, 170, True, (200, 170)),
+    "many pairs of heads": (100, 90, False, (4, 100, 90)),
     "a long row for every head": (1, 2500, False, (4, 1, 2500)),
     "a long row for every sequence": (1, 2500, False, (2500,)),
 }

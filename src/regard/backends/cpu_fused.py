@@ -20,7 +20,7 @@ FULL_SPEED_ROWS = 256  # fewest rows for which it works at full speed
 _PAIRS_KEPT = 2**18  # of a causal mask that is kept; calls with more take so long that a mask is soon made
 _WORTH_GROUPING = 2**16  # key elements, times query heads beyond two in a group, for one product of the group to pay
 _WORTH_DOUBLING = 2**15  # key elements for two bfloat16 rows to take less time than one
-_WORTH_SHIFTING = 2**14  # elements of a mask for three operations without branches to take less time than one with them
+_WORTH_SHIFTING = 2**15  # elements of a mask for three operations without branches to take less time than one with them
 _INF = float("inf")
 
 kernel = torch._scaled_dot_product_flash_attention_for_cpu
