@@ -1,7 +1,10 @@
 """Results are checked before they are timed, times come with their uncertainty, memory and ceilings are measured."""
 
+import math
+import statistics
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,22 +133,52 @@ def test_only_eager_may_round_its_scores():
 # --- Times
 
 
+def timed(rounds):
+    """A `Timing` of these samples, a list for each round."""
+    return Timing(samples=[s for taken in rounds for s in taken], rounds=[statistics.median(taken) for taken in rounds])
+
+
+def one_by_one(timing):
+    """The same samples, taken for independent ones."""
+    return timed([[sample] for sample in timing.samples])
+
+
 def test_quantiles_and_interval_of_known_samples():
-    timing = Timing(samples=[float(i) for i in range(1, 101)])
+    timing = timed([[float(i)] for i in range(1, 101)])
     assert timing.median == 50.5
     assert (timing.quantile(0.2), timing.quantile(0.8)) == (21.0, 81.0)
     low, high = timing.interval()
     assert 40 <= low < 50.5 < high <= 61
-    assert Timing(samples=[3.0]).interval() == (3.0, 3.0)
+    assert timed([[3.0]]).interval() == (3.0, 3.0)
 
 
 def test_the_interval_covers_the_median_as_often_as_stated():
+    """Of samples that share a factor within a round too, as at a clock that swings; one by one they promise too much."""
     generator = torch.Generator().manual_seed(0)
-    inside = 0
-    for draws in torch.empty(400, 60).exponential_(generator=generator).tolist():
-        low, high = Timing(samples=draws).interval()
+    inside = pretended = 0
+    clocks = torch.empty(400, 60, 1).exponential_(generator=generator)
+    for draws in (clocks * (1 + 0.01 * torch.rand(400, 60, 9, generator=generator) - 0.005)).tolist():
+        (low, high), (first, last) = timed(draws).interval(), one_by_one(timed(draws)).interval()
         inside += low <= 0.6931 <= high
+        pretended += first <= 0.6931 <= last
     assert inside / 400 >= 0.93
+    assert pretended / 400 < 0.7
+
+
+def test_the_median_is_that_of_the_rounds_and_lies_in_its_interval():
+    """Most rounds a little more fast than slow, the others all slow: most samples are slow, most rounds are not."""
+    timing = timed([[1.0] * 6 + [1.1] * 5] * 30 + [[1.1] * 11] * 10)
+    assert statistics.median(timing.samples) == 1.1
+    assert timing.median == 1.0 and timing.interval() == (1.0, 1.0)
+    assert timing.quantile(0.2) <= timing.median <= timing.quantile(0.8)
+
+
+def test_samples_of_one_moment_do_not_make_a_median_precise():
+    clocks = [0.97, 1.03, 1.0, 0.96, 1.04, 0.98, 1.02]
+    timing = timed([[clock * (1 + 1e-5 * i) for i in range(60)] for clock in clocks])
+    assert one_by_one(timing).is_precise(0.01), "one sample after the other they look precise"
+    assert timing.interval() == pytest.approx((0.96, 1.04), rel=0.01)
+    assert not timing.is_precise(0.01) and timing.is_precise(0.05)
 
 
 def test_implementations_take_turns_and_ratios_are_paired():
@@ -210,8 +243,10 @@ def test_the_cost_of_calling_leaves_the_computing_out():
 
 @pytest.fixture
 def device_clock(monkeypatch):
-    """A GPU that works through its queue on a clock of its own: each call takes 10 µs, the host no time."""
-    now = [0.0]
+    """A GPU that works through its queue on a clock of its own: each call takes 10 µs, or longer where the clock is low
+    at that moment. The host takes no time; its clock moves while it waits for the GPU.
+    """
+    now, host = [0.0], [0.0]
 
     class Event:
         def __init__(self, enable_timing):
@@ -227,14 +262,14 @@ def device_clock(monkeypatch):
         calls = 0
 
         def replay(self):
-            now[0] += self.calls * work.seconds
+            now[0] += self.calls * work.seconds / work.clock(now[0])
 
     def work():
-        now[0] += work.seconds
+        now[0] += work.seconds / work.clock(now[0])
         if capturing:
             capturing[-1].calls += 1
 
-    work.seconds = 10e-6
+    work.seconds, work.clock, work.waited = 10e-6, lambda at: 1.0, lambda: host[0]
     capturing = []
 
     @contextmanager
@@ -253,9 +288,10 @@ def device_clock(monkeypatch):
 
     for name, value in dict(
         Event=Event, CUDAGraph=Graph, graph=graph, Stream=Stream, stream=stream, current_stream=Stream,
-        synchronize=lambda *_: None, _sleep=lambda cycles: now.__setitem__(0, now[0] + cycles / 1e9),
+        synchronize=lambda *_: host.__setitem__(0, now[0]), _sleep=lambda cycles: now.__setitem__(0, now[0] + cycles / 1e9),
     ).items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: host[0]))
     measure._cycles_per_second.cache_clear()
     yield work
     measure._cycles_per_second.cache_clear()
@@ -283,3 +319,83 @@ def test_what_cannot_be_captured_is_timed_by_events(device_clock, monkeypatch):
     timings = measure.time_together({"kernel": device_clock}, torch.device("cuda"), Settings())
     assert timings["kernel"].timer == "events"
     assert timings["kernel"].median == pytest.approx(10e-6)
+
+
+GPU = torch.device("cuda")
+
+
+def swinging(at):
+    """The clock of a GPU at its power limit: up and down by up to 10 %, in about a tenth of a second."""
+    return 1 + 0.1 * math.sin(at / 17e-3) * math.cos(at / 41e-3)
+
+
+@pytest.mark.parametrize("timer", ["events", "graph"])
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 5.0])
+def test_rounds_on_a_gpu_are_short_however_long_is_measured(device_clock, timer, seconds):
+    device_clock.seconds, device_clock.clock = 150e-6, lambda at: 1 + 1e-3 * math.sin(at)  # never quite known
+    runs = {"one": device_clock, "other": device_clock}
+    timings = measure.time_together(runs, GPU, Settings(seconds=seconds, precision=0, timer=timer))
+    for timing in timings.values():
+        per_round = 150e-6 * len(timing.samples) * (7 if timer == "graph" else 1) / len(timing.rounds)
+        assert 0.9 * measure._ROUND < per_round <= measure._ROUND == 20e-3
+        assert 50 * seconds <= len(timing.rounds) <= 55 * seconds
+
+
+@pytest.mark.parametrize("seconds", [0.04, 0.1])
+def test_rounds_get_shorter_where_ten_would_not_fit(device_clock, seconds):
+    device_clock.seconds = 150e-6
+    timings = measure.time_together({"kernel": device_clock}, GPU, Settings(seconds=seconds, precision=0))
+    assert len(timings["kernel"].rounds) >= 2 * measure._MIN_ROUNDS
+
+
+def test_a_swinging_clock_is_measured_on_after_samples_look_precise(device_clock):
+    device_clock.seconds, device_clock.clock = 200e-6, swinging
+    timing = measure.time_together({"kernel": device_clock}, GPU, Settings())["kernel"]
+    per_round = len(timing.samples) // len(timing.rounds)
+    looked_precise = [
+        count
+        for count in range(measure._MIN_ROUNDS, len(timing.rounds))
+        if one_by_one(Timing(samples=timing.samples[: count * per_round])).is_precise(0.01)
+    ]
+    assert looked_precise and looked_precise[0] < 25, "the samples alone would have ended it"
+    assert not timing.is_precise(0.01)
+    assert sum(timing.samples) == pytest.approx(1.0, rel=0.05), "the limit is a second, and it was used"
+    low, high = timing.interval()
+    assert low < 200e-6 < high
+
+
+def test_repeated_medians_of_a_swinging_clock_agree(device_clock):
+    device_clock.seconds, device_clock.clock = 200e-6, swinging
+
+    def spread(settings):
+        medians = [measure.time_together({"kernel": device_clock}, GPU, settings)["kernel"].median for _ in range(8)]
+        return max(medians) / min(medians)
+
+    assert spread(Settings()) < 1.03 < spread(Settings(seconds=0.25))
+
+
+def test_a_steady_kernel_is_timed_for_five_short_rounds(device_clock):
+    device_clock.seconds = 2e-3
+    timing = measure.time_together({"kernel": device_clock}, GPU, Settings())["kernel"]
+    assert len(timing.rounds) == measure._MIN_ROUNDS == 5
+    assert device_clock.waited() < 0.15
+
+
+@pytest.mark.parametrize(("device", "limit"), [("cpu", 0.25), ("cuda", 1.0)])
+def test_the_limit_is_a_quarter_of_a_second_and_on_a_gpu_a_second(device_clock, monkeypatch, device, limit):
+    """For each implementation, where none gets precise."""
+    now = [0.0]
+
+    class Sampler:
+        timer = "wall"
+
+        def sample(self):
+            now[0] += 1e-2
+            return [1.0 + now[0]]
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(measure, "_sampler", lambda *_: Sampler())
+    measure.time_together(dict.fromkeys(["one", "other"], None), torch.device(device), Settings())
+    assert now[0] == pytest.approx(2 * limit, abs=0.03)
+    measure.time_together(dict.fromkeys(["one", "other"], None), torch.device(device), Settings(seconds=3.0))
+    assert now[0] == pytest.approx(2 * limit + 6, abs=0.06)

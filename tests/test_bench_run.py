@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import regard
 from regard import ConfigError
 from regard.bench import baselines, environment, peers, progress, rows, summary
-from regard.bench.measure import Settings
+from regard.bench.measure import SECONDS, Settings
 from regard.bench.run import DeviceLost, Options, run
 from regard.cli import app
 
@@ -77,6 +77,17 @@ def test_the_command_of_a_row_repeats_it():
     assert again.exit_code == 0, again.output
     repeated, _ = rows.read(Path("again.jsonl"))
     assert {rows.key(each) for each in repeated} == {rows.key(row), (row["case"], "torch-sdpa", "cpu")}
+
+
+def test_the_limits_that_help_states_are_those_that_hold():
+    limits = f"{SECONDS['cuda']:g} on a GPU, {SECONDS['cpu']:g} on a CPU"
+    assert limits in " ".join(command("--help").stdout.split())
+
+
+def test_the_time_of_a_row_lies_in_its_interval():
+    for row in measured().rows:
+        low, high = row["ms_interval"]
+        assert low <= row["ms"] <= high
 
 
 def written():

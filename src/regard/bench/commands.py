@@ -69,9 +69,14 @@ def bench(
         ),
     ] = None,
     seconds: Annotated[
-        float,
-        typer.Option(min=0, help="Most seconds of timing for one implementation of a workload.", rich_help_panel=_RUN),
-    ] = 0.25,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Most seconds of timing for one implementation of a workload.",
+            show_default="1 on a GPU, 0.25 on a CPU",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     precision: Annotated[
         float, typer.Option(min=0, help="Stop earlier once medians are known this well (95 %).", rich_help_panel=_RUN)
     ] = 0.01,

@@ -2,7 +2,7 @@
 
 Implementations of a workload are timed in turns, a round each, so that a clock that drops or another program that
 starts hits all of them; ratios are taken round by round. Rounds go on until the median is known well
-enough or time is up.
+enough or time is up. How well it is known is judged by rounds: what is timed in one shares the clock of its moment.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,10 @@ Run = Callable[[], Any]
 CONFIDENCE = 0.95
 _Z = 1.96  # of the normal distribution at that confidence
 LOW, HIGH = 0.2, 0.8  # quantiles that rows give beside the median
+SECONDS = {"cpu": 0.25, "cuda": 1.0}
+"""Of measuring an implementation at most, unless told otherwise: a GPU at its power limit needs many rounds."""
 _MIN_ROUNDS = 5
+_ROUND = 20e-3  # seconds at most, on a GPU: short, so that a clock that swings is met at many moments
 _SHORT = 100e-6  # seconds; shorter kernels are timed by replaying a graph of several, if they can be captured
 _QUEUE = 256  # calls put on the GPU's queue at once; it holds about a thousand launches
 _FLUSH_BYTES = 512 << 20  # larger than any L2 cache
@@ -33,13 +36,13 @@ class Settings:
     """How to measure.
 
     Attributes:
-        seconds: of measuring for each implementation of a workload, at most; warm-up is not counted.
+        seconds: of measuring for each implementation of a workload, at most; warm-up is not counted. None: `SECONDS`.
         precision: stop earlier once the 95 % confidence interval of every median is within this fraction of it.
         flush_l2: empty the GPU's cache before every call.
         timer: ``"events"``, ``"graph"`` (CUDA-graph replay) or ``"auto"``: graphs for calls below 100 µs.
     """
 
-    seconds: float = 0.25
+    seconds: float | None = None
     precision: float = 0.01
     flush_l2: bool = False
     timer: str = "auto"
@@ -61,19 +64,20 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Of all samples."""
-        return statistics.median(self.samples)
+        """Of the rounds."""
+        return statistics.median(self.rounds)
 
     def quantile(self, fraction: float) -> float:
         """The sample that this fraction of samples does not exceed."""
-        ordered = sorted(self.samples)
-        return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
+        return _quantile(self.samples, fraction)
 
     def interval(self) -> tuple[float, float]:
         """Confidence interval of the median, free of any assumption on the distribution: two order statistics
-        (Le Boudec 2010, "Performance Evaluation of Computer and Communication Systems", theorem 2.1).
+        (Le Boudec 2010, "Performance Evaluation of Computer and Communication Systems", theorem 2.1). The theorem asks
+        for independent draws, so they are of rounds: samples of one round share a clock, and many tell hardly more
+        than one.
         """
-        ordered, count = sorted(self.samples), len(self.samples)
+        ordered, count = sorted(self.rounds), len(self.rounds)
         reach = _Z * math.sqrt(count) / 2
         first, last = math.floor(count / 2 - reach), math.ceil(count / 2 + reach)
         return ordered[max(0, first)], ordered[min(count - 1, last)]
@@ -92,10 +96,12 @@ def time_together(runs: Mapping[str, Run], device: torch.device, settings: Setti
         device: what they run on.
         settings: see `Settings`.
     """
-    samplers = {name: _sampler(run, device, settings) for name, run in runs.items()}
+    seconds = SECONDS[device.type] if settings.seconds is None else settings.seconds
+    per_round = min(_ROUND, seconds / (2 * _MIN_ROUNDS))
+    samplers = {name: _sampler(run, device, settings, per_round) for name, run in runs.items()}
     timings = {name: Timing(sampler.timer) for name, sampler in samplers.items()}
     order = list(samplers)
-    deadline = time.perf_counter() + settings.seconds * len(order)
+    deadline = time.perf_counter() + seconds * len(order)
     for number in range(10_000):
         for name in order if number % 2 == 0 else reversed(order):
             taken = samplers[name].sample()
@@ -108,18 +114,25 @@ def time_together(runs: Mapping[str, Run], device: torch.device, settings: Setti
 
 def speedup(reference: Timing, timing: Timing) -> tuple[float, float, float]:
     """How many times faster than the reference: the median of the ratios of each round, and their quantiles."""
-    ratios = Timing(samples=[a / b for a, b in zip(reference.rounds, timing.rounds, strict=True)])
-    return ratios.median, ratios.quantile(LOW), ratios.quantile(HIGH)
+    ratios = [a / b for a, b in zip(reference.rounds, timing.rounds, strict=True)]
+    return statistics.median(ratios), _quantile(ratios, LOW), _quantile(ratios, HIGH)
 
 
-def _sampler(run: Run, device: torch.device, settings: Settings) -> _WallClock | _Events | _GraphReplay:
+def _quantile(values: Sequence[float], fraction: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
+
+
+def _sampler(
+    run: Run, device: torch.device, settings: Settings, per_round: float
+) -> _WallClock | _Events | _GraphReplay:
     if device.type != "cuda":
         return _WallClock(run)
-    events = _Events(run, settings)
+    events = _Events(run, settings.flush_l2, per_round)
     wanted = settings.timer == "graph" or (settings.timer == "auto" and events.estimate < _SHORT)
     if wanted and not settings.flush_l2:
         try:
-            return _GraphReplay(run, events.estimate)
+            return _GraphReplay(run, events.estimate, per_round)
         except Exception:  # what cannot be captured (it synchronises, or plans on the host) is timed by events
             torch.cuda.synchronize()
     return events
@@ -156,15 +169,14 @@ class _Events:
 
     timer = "events"
 
-    def __init__(self, run: Run, settings: Settings) -> None:
+    def __init__(self, run: Run, flush_l2: bool, per_round: float) -> None:
         self._run = run
-        self._flush = _flush_buffer() if settings.flush_l2 else None
+        self._flush = _flush_buffer() if flush_l2 else None
         started = time.perf_counter()
         run()
         self._host = time.perf_counter() - started
         torch.cuda.synchronize()
         self.estimate = statistics.median(self._batch(3))
-        per_round = settings.seconds / (2 * _MIN_ROUNDS)
         self._calls = max(1, min(_QUEUE, int(per_round / max(self.estimate, 1e-6))))
 
     def sample(self) -> list[float]:
@@ -188,10 +200,11 @@ class _GraphReplay:
 
     timer = "graph"
     _LONG_ENOUGH = 1e-3
-    _REPLAYS = 10
 
-    def __init__(self, run: Run, estimate: float) -> None:
-        self._calls = max(1, min(_QUEUE, math.ceil(self._LONG_ENOUGH / max(estimate, 1e-6))))
+    def __init__(self, run: Run, estimate: float, per_round: float) -> None:
+        estimate = max(estimate, 1e-6)
+        self._calls = min(_QUEUE, math.ceil(self._LONG_ENOUGH / estimate))
+        self._replays = max(1, int(per_round / (self._calls * estimate)))
         self._graph = torch.cuda.CUDAGraph()
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -205,7 +218,7 @@ class _GraphReplay:
         torch.cuda.synchronize()
 
     def sample(self) -> list[float]:
-        events = [_event() for _ in range(self._REPLAYS + 1)]
+        events = [_event() for _ in range(self._replays + 1)]
         events[0].record()
         for event in events[1:]:
             self._graph.replay()

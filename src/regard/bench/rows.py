@@ -20,7 +20,8 @@ Row = dict[str, Any]
 schema, suite, case, implementation, mode, device: which measurement; ``case`` is the workload's name.
 status: ``"ok"``, ``"refused"`` (reason: why it cannot), ``"wrong"`` (it breaks the tolerance rule), ``"failed"`` (it
     raised). Only ``ok`` rows have times.
-ms, ms_low, ms_high: median and 20 % and 80 % quantiles; ms_interval: 95 % confidence interval of the median.
+ms: median of the rounds, each a median of its samples; ms_interval: its 95 % confidence interval.
+ms_low, ms_high: 20 % and 80 % quantiles of all samples.
 repetitions, timer: how many times it was timed, and by what.
 tflops, gbs: achieved, from the workload's least operations and bytes.
 matmul_tflops, copy_gbs: ceilings measured in the same run; matmul_share, copy_share: of them.
