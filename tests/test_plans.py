@@ -1,5 +1,7 @@
 """Calls that look alike share one config and selection; any difference makes another."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -418,3 +420,24 @@ def test_traced_calls_are_not_remembered(monkeypatch):
         q = torch.randn(1, 4, 2, 8)
         assert regard.attention(q, q, q, causal=True).shape == q.shape
     torch.func.vmap(lambda q: regard.attention(q, q, q, backend="reference"))(torch.randn(2, 1, 4, 2, 8))
+
+
+@pytest.mark.parametrize("place", ["q", "mask", "bias"])
+def test_a_nested_tensor_after_a_plain_one_is_refused_and_ends_no_process(place):
+    """In a process of its own: torch's guards abort where a tensor has no strides."""
+    code = f"""
+import torch, regard
+call = {{name: torch.zeros(2, 3, 1, 8) for name in "qkv"}}
+if "{place}" != "q":
+    call["{place}"] = torch.ones(3, 3, dtype=torch.bool if "{place}" == "mask" else torch.float32)
+regard.attention(**call)
+call["{place}"] = torch.nested.nested_tensor([torch.zeros(3, 1, 8)] * 2)
+try:
+    regard.attention(**call)
+except regard.ConfigError as error:
+    assert str(error).startswith("{place}: got a nested tensor"), error
+else:
+    raise AssertionError("served")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

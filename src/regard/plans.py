@@ -126,22 +126,29 @@ class _Latest(NamedTuple):
     plan: Plan
 
     def shows(self, tensors: tuple[Any, ...]) -> bool:
-        """Whether these tensors look the same."""
+        """Whether these tensors look the same. What has no strides does not: `TensorGuards` asks for those of nested
+        tensors, and ends the process.
+        """
         look = self.look
-        if look is None:
-            for each, tensor in zip(self.looks, tensors):  # noqa: B905 - as many as there are `TENSORS`
-                if tensor is None or each is None:
-                    if tensor is not each:
+        try:
+            if look is None:
+                for each, tensor in zip(self.looks, tensors):  # noqa: B905 - as many as there are `TENSORS`
+                    if tensor is None or each is None:
+                        if tensor is not each:
+                            return False
+                    elif tensor.is_nested or not each.check(tensor):
                         return False
-                elif not each.check(tensor):
-                    return False
-            return True
-        q, k, v, mask, bias, slopes, sinks, offsets_q, offsets_k, kv_lens, pages = tensors
-        alone = bias is slopes is sinks is offsets_q is offsets_k is kv_lens is pages is None
-        if not alone or (mask is None) is self.masked:
+                return True
+            q, k, v, mask, bias, slopes, sinks, offsets_q, offsets_k, kv_lens, pages = tensors
+            alone = bias is slopes is sinks is offsets_q is offsets_k is kv_lens is pages is None
+            if not alone or (mask is None) is self.masked or q.is_nested or k.is_nested or v.is_nested:
+                return False
+            if mask is None:
+                same: bool = look.check(q, k, v)
+                return same
+            return not mask.is_nested and look.check(q, k, v, mask)
+        except AttributeError:  # of what is no tensor: the validator says it better
             return False
-        same: bool = look.check(q, k, v) if mask is None else look.check(q, k, v, mask)
-        return same
 
 
 def _looks(config: AttentionConfig, tensors: tuple[Tensor | None, ...]) -> tuple[Any, bool, tuple[Any, ...]]:
