@@ -155,34 +155,43 @@ class Registers(torch.Tensor):
 
 
 class Memory:
-    """A view of shared memory."""
+    """A view of shared memory. What was given back only the role that wrote it may still read, if ``kept``."""
 
-    def __init__(self, values):
-        self.values = values
+    def __init__(self, values, kept=None, writer=None):
+        self.values, self.kept, self.writer = values, kept, writer
 
     shape = property(lambda self: list(self.values.shape))
     rank = property(lambda self: self.values.ndim)
     numel = property(lambda self: self.values.numel())
     dtype = property(lambda self: self.values.dtype)
 
+    def _view(self, view):
+        return Memory(*(each if each is None else view(each) for each in (self.values, self.kept, self.writer)))
+
     def index(self, stage):
-        return Memory(self.values[int(stage)])
+        return self._view(lambda values: values[int(stage)])
 
     def slice(self, start, length, dim=0):
-        return Memory(self.values.narrow(dim, int(start), length))
+        return self._view(lambda values: values.narrow(dim, int(start), length))
 
     def reshape(self, shape):
-        return Memory(self.values.view(shape))
+        return self._view(lambda values: values.view(shape))
 
     def permute(self, order):
-        return Memory(self.values.permute(order))
+        return self._view(lambda values: values.permute(order))
 
     def load(self, _layout):
-        return self.values.clone().as_subclass(Registers)
+        found = self.values.clone()
+        if self.kept is not None:
+            found = torch.where(self.writer == threading.get_ident(), self.kept, found)
+        return found.as_subclass(Registers)
 
     def store(self, values):
         assert values.shape == self.values.shape
         self.values.copy_(values)
+        if self.kept is not None:
+            self.kept.copy_(values)
+            self.writer.fill_(threading.get_ident())
 
     def forget(self):
         self.values.fill_(_nothing(self.values.dtype))
@@ -457,8 +466,9 @@ def _allocate(dtype, shape, layout):
         return Barriers(Barrier() for _ in range(shape[0])) if len(shape) > 1 else Barrier()
     if dtype == torch.int8:
         return Bytes(shape)
-    dtype = torch.int32 if dtype == torch.int32 else torch.float64
-    return Memory(torch.full(shape, _nothing(dtype), dtype=dtype))
+    if dtype == torch.int32:
+        return Memory(*(torch.full(shape, _nothing(dtype), dtype=kind) for kind in (dtype, dtype, torch.int64)))
+    return Memory(torch.full(shape, _nothing(torch.float64), dtype=torch.float64))
 
 
 def _layout(*_values):

@@ -297,8 +297,8 @@ def test_forward_tiles_fit_in_shared_memory(head_dim):
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim_has_a_tile_that_a_multiprocessor_holds(head_dim):
-    flags = ("causal", "windowed", "one_cut", "raw")
-    for rows, span, *given in itertools.product((1, 128, 129, 257), (1, 300, 1025, 2**20), *[(False, True)] * 4):
+    flags = ("causal", "windowed", "one_cut", "raw", "wide_range")
+    for rows, span, *given in itertools.product((1, 128, 129, 257), (1, 300, 1025, 2**20), *[(False, True)] * 5):
         said = dict(zip(flags, given, strict=True))
         tile = hopper_tuning.forward_tile(head_dim, head_dim, rows=rows, span=span, **said)
         warpgroups = tile.block_m // hopper_tuning.ROWS

@@ -80,6 +80,7 @@ FORWARD = HOPPER | dict(
     pass_turn=pass_turn,
     rescale=lambda acc, decay: acc * decay[:, None],
     follow_together=follow_together,
+    await_stores=lambda: None,
     gl=SimpleNamespace(
         **vars(HOPPER["gl"])
         | dict(
@@ -98,11 +99,10 @@ FORWARD = HOPPER | dict(
 
 def results_on_cpu(called, given, splits=None, multiprocessors=3):
     """Out and lse as the kernel finds them, or those of so many splits of the keys, merged."""
-    out = torch.full((*given.q.shape[:-1], called.head_dim_v), math.nan)
-    lse = torch.full((*given.q.shape[:-3], called.heads_q, given.q.shape[-3]), math.nan)
     parts = None if splits is None else nothing_yet(called, splits)
-    counter = torch.zeros(2, dtype=torch.int32)
-    launch = hopper.forward_launch(called, given, out, lse, counter, multiprocessors, parts)
+    launched = nothing_written(called, given, multiprocessors)
+    _, out, lse, counter, _ = launched
+    launch = hopper.forward_launch(called, *launched, parts)
     start, arguments = plain(launch.kernel, **FORWARD), arguments_on_cpu(launch)
     _turns.clear()
     run_programs(lambda: start(**arguments), launch.programs)
@@ -112,6 +112,13 @@ def results_on_cpu(called, given, splits=None, multiprocessors=3):
         return out, lse
     assert out.isnan().all() and lse.isnan().all(), "that is left to the merge"
     return merged(*parts, given.sinks)
+
+
+def nothing_written(called, given, multiprocessors=3):
+    """What `hopper.forward_launch` takes beyond a config: inputs, out, lse, the tile counter."""
+    out = torch.full((*given.q.shape[:-1], called.head_dim_v), math.nan)
+    lse = torch.full((*given.q.shape[:-3], called.heads_q, given.q.shape[-3]), math.nan)
+    return given, out, lse, torch.zeros(2, dtype=torch.int32), multiprocessors
 
 
 def nothing_yet(called, splits):
@@ -166,6 +173,54 @@ def test_results(call, splits):
     assert "one cut" not in call or hopper._one_cut(called, called.heads_q // called.heads_kv)
     given = random_inputs(called)
     check(results_on_cpu(called, given, splits), expected(called, given))
+
+
+def _head(q):
+    return torch.arange(q.shape[2])[:, None]
+
+
+def _row(q):
+    return torch.arange(q.shape[1])[:, None, None]
+
+
+RISING = {
+    "everywhere": lambda q: torch.tensor(False),
+    "nowhere": lambda q: torch.tensor(True),
+    "but in the first head": lambda q: _head(q) == 0,
+    "but in the last head": lambda q: _head(q) == q.shape[2] - 1,
+    "in every other head": lambda q: _head(q) % 2 == 0,
+    "in the second warpgroups": lambda q: _row(q) // 64 % 2 == 0,
+    "in a row": lambda q: _row(q) != 130,
+}
+"""Queries whose scores are calm, and do not rise."""
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("options", [dict(causal=True), dict(head_dim=128)], ids=str)
+@pytest.mark.parametrize("where", RISING)
+def test_tiles_whose_scores_rise_beyond_what_weights_can_be_are_taken_again(where, options, programs):
+    """The keys that come last bring scores some thousands above those of a tile's first block."""
+    called = config(**{"head_dim": 64, **options}, batch=1, seqlen_q=256, seqlen_k=512, heads_q=4, heads_kv=4)
+    given = random_inputs(called)
+    given.k[:, :100] *= 400
+    calm = RISING[where]
+    given.q.copy_(torch.where(calm(given.q), 1e-3, 4.0) * given.q)
+    assert hopper.forward_launch(called, *nothing_written(called, given)).arguments["STEADY"]
+    check(results_on_cpu(called, given, multiprocessors=programs), expected(called, given))
+
+
+def test_nan_takes_a_tile_twice_and_no_more():
+    called = config(128, seqlen_q=300, seqlen_k=300)
+    given = random_inputs(called)
+    given.q[0, 7, 1] = math.nan
+    out, lse = results_on_cpu(called, given)
+    assert out[0, 7, 1].isnan().all() and lse[0, 1, 7].isnan()
+    given.q[0, 7, 1] = 0
+    truth, lse_truth = expected(called, given)
+    lines = torch.ones(lse.shape, dtype=torch.bool)
+    lines[0, 1, 7] = False
+    torch.testing.assert_close(lse[lines], lse_truth.float()[lines], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out[lines.mT], truth.float()[lines.mT], rtol=0, atol=1e-5)
 
 
 @SPLITS

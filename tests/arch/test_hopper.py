@@ -63,9 +63,9 @@ def test_every_tile_is_compiled():
     }
     bands = [dict(causal=False, windowed=False), dict(causal=True, windowed=False), dict(causal=True, windowed=True)]
     tiles = [
-        hopper_tuning.forward_tile(d, d, rows=rows, span=span, one_cut=one_cut, raw=raw, **band)
-        for d, rows, span, one_cut, raw, band in itertools.product(
-            (64, 128, 256), (1, 8192), (9, 8192), (False, True), (False, True), bands
+        hopper_tuning.forward_tile(d, d, rows=rows, span=span, one_cut=one_cut, raw=raw, wide_range=wide_range, **band)
+        for d, rows, span, one_cut, raw, wide_range, band in itertools.product(
+            (64, 128, 256), (1, 8192), (9, 8192), (False, True), (False, True), (False, True), bands
         )
     ]
     assert {(tile.block_m, tile.block_n) for tile in tiles} <= compiled

@@ -223,6 +223,7 @@ def _forward_tile(config: AttentionConfig) -> tuple[hopper_tuning.HopperTile, in
         windowed=window is not None,
         one_cut=_one_cut(config, pack),
         raw=config.softcap == 0 and not config.alibi,
+        wide_range=config.dtype == torch.bfloat16 and not config.varlen,
     )
     return tile, pack
 
@@ -300,6 +301,7 @@ def forward_launch(
         ONE_LOOP=tile.one_loop,
         RESCALE_EARLY=tile.rescale_early,
         VOTE=tile.vote,
+        STEADY=tile.steady,
     )
     tiles = _query_tiles(config, tile, pack)
     if parts is not None:

@@ -41,10 +41,19 @@ from regard.kernels.hopper_pipeline import (
     transposed,
     write_record,
 )
-from regard.kernels.hopper_softmax import LOG2_E, LOWEST, biased_scores, finish_softmax, online_softmax, rescale
+from regard.kernels.hopper_softmax import (
+    GROWTH,
+    LOG2_E,
+    LOWEST,
+    biased_scores,
+    finish_softmax,
+    online_softmax,
+    rescale,
+    steady_softmax,
+)
 
 ROWS = gl.constexpr(64)  # query rows of a warpgroup, as many as one wgmma covers
-RECORD = gl.constexpr(8)  # integers in a tile's record, see `read_record`
+RECORD = gl.constexpr(16)  # integers in a tile's record, see `read_record`
 
 
 @record
@@ -95,6 +104,7 @@ class Call:
     ONE_LOOP: gl.constexpr
     RESCALE_EARLY: gl.constexpr
     VOTE: gl.constexpr
+    STEADY: gl.constexpr
 
 
 @gluon.jit
@@ -168,6 +178,26 @@ def locate_tile(call, index, among, before, ends):
 
 
 @gluon.jit
+def next_tile(call, index, among, before, ends):
+    """Producer: what `read_record` tells of a tile, and the first row of its sequence's queries and keys."""
+    sequence, head, first, split, start_q, length_q, start_k, length_k = locate_tile(call, index, among, before, ends)
+    last = gl.minimum(first + call.BLOCK_M // call.PACK, length_q) - 1
+    low, _full_low, _full_high, high = key_blocks(
+        first, last, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_N
+    )
+    start_out = start_q
+    if call.splits is not None:
+        start_out = (split * call.batch + sequence) * call.seqlen_q
+        low, high = split_blocks(split, call.splits, low, high)
+        if low == high:
+            # As if there were no keys: one block, which is masked whole.
+            low = 0 * low
+            high = low + 1
+            length_k = 0 * length_k
+    return high, low, first, head, sequence, start_out, length_q, length_k, start_q, start_k
+
+
+@gluon.jit
 def load_tiles(call):
     """Producer: fetch tiles until there are none left, and stream what each needs through the rings."""
     WARPGROUPS: gl.constexpr = call.BLOCK_M // ROWS
@@ -181,25 +211,19 @@ def load_tiles(call):
         among, before, ends, total = seek_queries(call, index, among, before, ends)
     tile = 0
     step = 0
-    while index < total:
-        sequence, head, first, split, start_q, length_q, start_k, length_k = locate_tile(
-            call, index, among, before, ends
-        )
-        last = gl.minimum(first + POSITIONS, length_q) - 1
-        low, _full_low, _full_high, high = key_blocks(
-            first, last, length_q, length_k, call.window_left, call.right_reach, call.BLOCK_N
-        )
-        start_out = start_q
-        if call.splits is not None:
-            start_out = (split * call.batch + sequence) * call.seqlen_q
-            low, high = split_blocks(split, call.splits, low, high)
-            if low == high:
-                # As if there were no keys: one block, which is masked whole.
-                low = 0 * low
-                high = low + 1
-                length_k = 0 * length_k
+    failed, number = failed_tile(call, tile, index >= total)
+    while (index < total) | (failed != 0):
+        if failed != 0:
+            start_q = 0 * index
+            start_k = 0 * index
+            high, low, first, head, sequence, start_out, length_q, length_k = read_record(call.records, number, 1)
+        else:
+            high, low, first, head, sequence, start_out, length_q, length_k, start_q, start_k = next_tile(
+                call, index, among, before, ends
+            )
         # In the order in which `read_record` tells them. A first field of 0 says that there are no more tiles.
-        write_record(call.records, tile, (high, low, first, head, sequence, start_out, length_q, length_k))
+        fields = (high, low, first, head, sequence, start_out, length_q, length_k, failed)
+        write_record(call.records, tile, fields)
 
         plane = sequence
         if call.cu_seqlens_q_ptr is not None:
@@ -211,7 +235,7 @@ def load_tiles(call):
                 for warpgroup in gl.static_range(WARPGROUPS):
                     position = start_q + first + warpgroup * (ROWS // call.PACK)
                     call.queries.copy(tile * WARPGROUPS + warpgroup, call.q_desc, [plane, head, position, 0, 0])
-            if block == high - low - 1:
+            if (block == high - low - 1) & (failed == 0):
                 # Not earlier, for the tile would wait behind this one; and not later, for the counter answers while the
                 # last values wait for their stage.
                 index = claim_tile(call.counter_ptr)
@@ -220,8 +244,48 @@ def load_tiles(call):
         if call.cu_seqlens_q_ptr is not None:
             among, before, ends, total = seek_queries(call, index, among, before, ends)
         tile += 1
+        failed, number = failed_tile(call, tile, index >= total)
     write_record(call.records, tile, (0, 0))
     leave_counters(call.counter_ptr)
+
+
+@gluon.jit
+def failed_tile(call, tile, settle):
+    """Producer: whether a tile must be taken again, 1 or 0, and the number under which its record still lies there.
+
+    It is one whose record makes room for that of ``tile``; or, to ``settle`` all after the last, the one after it.
+    """
+    failed = gl.to_tensor(0)
+    number = tile + 0
+    if call.STEADY:
+        failed = take_verdict(call, tile)
+        if settle & (failed == 0):
+            number = tile + 1
+            failed = take_verdict(call, number)
+    return failed, number
+
+
+@gluon.jit
+def take_verdict(call, tile):
+    """Producer: once the consumers gave the stage of a record back, whether one of them failed its tile."""
+    WARPGROUPS: gl.constexpr = call.BLOCK_M // ROWS
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    call.records.acquire(tile)
+    failed = gl.to_tensor(0)
+    for warpgroup in gl.static_range(WARPGROUPS):
+        verdict = call.records.tiles.index(2 + tile % 2).slice(warpgroup, 1)
+        failed = gl.maximum(failed, gl.max(verdict.load(layout), 0))
+        verdict.store(gl.zeros([1], gl.int32, layout=layout))
+    return failed
+
+
+@gluon.jit
+def give_verdict(WARPGROUP: gl.constexpr, call, tile, row_sum):
+    """Consumer: fail a tile whose sums grew too far for the maxima of its first block, or are NaN: but not twice."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    failed = gl.max(gl.where(row_sum < GROWTH, 0, 1), 0) * (1 - read_field(call.records, tile, 8))
+    verdict = call.records.tiles.index(2 + tile % 2).slice(WARPGROUP, 1)
+    verdict.store(gl.full([1], 0, gl.int32, layout=layout) + failed)
 
 
 @gluon.jit
@@ -234,18 +298,18 @@ def seek_queries(call, index, among, before, ends):
 
 
 @gluon.jit
-def read_record(records, tile):
+def read_record(records, tile, WARPS: gl.constexpr = 4):
     """Consumer: high, low, first, head, sequence, start_out, length_q and length_k of a tile. Its results' first row is
     ``start_out + first`` where they are packed.
     """
-    high = read_field(records, tile, 0)
-    low = read_field(records, tile, 1)
-    first = read_field(records, tile, 2)
-    head = read_field(records, tile, 3)
-    sequence = read_field(records, tile, 4)
-    start_out = read_field(records, tile, 5)
-    length_q = read_field(records, tile, 6)
-    length_k = read_field(records, tile, 7)
+    high = read_field(records, tile, 0, WARPS)
+    low = read_field(records, tile, 1, WARPS)
+    first = read_field(records, tile, 2, WARPS)
+    head = read_field(records, tile, 3, WARPS)
+    sequence = read_field(records, tile, 4, WARPS)
+    start_out = read_field(records, tile, 5, WARPS)
+    length_q = read_field(records, tile, 6, WARPS)
+    length_k = read_field(records, tile, 7, WARPS)
     return high, low, first, head, sequence, start_out, length_q, length_k
 
 
@@ -285,6 +349,14 @@ def pass_turn(WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr):
 
 
 @gluon.jit
+def await_stores():
+    """Consumer: wait until what it wrote is in memory, so that the tile may be written once more."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], gl.int32, False, 1
+    )
+
+
+@gluon.jit
 def at_edge(block, full_low, full_high, LEFT: gl.constexpr):
     """Whether some row of the warpgroup does not see all of a block."""
     edge = block >= full_high
@@ -314,7 +386,7 @@ def weigh_keys(s, row_max, row_sum, column, first_key, stop, start, diagonal, ed
 @gluon.jit
 def attend_block(
     WARPGROUP: gl.constexpr, call, q, p, acc, decay, row_max, row_sum, column, first_key, stop, start, diagonal, slope,
-    step, edge, MASKED: gl.constexpr,
+    step, edge, MASKED: gl.constexpr, STEADY: gl.constexpr,
 ):  # fmt: skip
     """Consumer: softmax weights of one key block, beside the product of the last block's weights ``p`` and values."""
     WARPGROUPS: gl.constexpr = call.BLOCK_M // ROWS
@@ -326,7 +398,7 @@ def attend_block(
         await_turn(WARPGROUP)
     s = warpgroup_mma(q, transposed(call.keys, step), zeros, use_acc=False, is_async=True)
     call.values.wait(step - 1)
-    if call.RESCALE_EARLY:
+    if call.RESCALE_EARLY and not STEADY:
         acc = rescale(acc, gl.convert_layout(decay, of_rows))
     acc = warpgroup_mma(p, matrix(call.values.tile(step - 1)), acc, is_async=True)
     if call.TAKE_TURNS and call.PASS_EARLY:
@@ -335,28 +407,33 @@ def attend_block(
     if call.TAKE_TURNS and not call.PASS_EARLY:
         pass_turn(WARPGROUP, WARPGROUPS)
     call.keys.release(step)
-    weights, decay, row_max, row_sum = weigh_keys(
-        s, row_max, row_sum, column, first_key, stop, start, diagonal, edge, call, slope, MASKED
-    )
+    if STEADY:
+        weights, row_sum = steady_softmax(s, row_max, row_sum, call.scale * LOG2_E)
+    else:
+        weights, decay, row_max, row_sum = weigh_keys(
+            s, row_max, row_sum, column, first_key, stop, start, diagonal, edge, call, slope, MASKED
+        )
     acc = warpgroup_mma_wait(0, deps=(acc,))
     call.values.release(step - 1)
-    if not call.RESCALE_EARLY:
+    if not call.RESCALE_EARLY and not STEADY:
         acc = rescale(acc, gl.convert_layout(decay, of_rows))
     return weights, acc, decay, row_max, row_sum
 
 
 @gluon.jit
-def finish_tile(WARPGROUP: gl.constexpr, call, tile, step, p, acc, decay, row_max, row_sum, row):
+def finish_tile(WARPGROUP: gl.constexpr, call, tile, step, p, acc, decay, row_max, row_sum, row, STEADY: gl.constexpr):
     """Consumer: the last block's product, and out and lse of 64 query rows. Returns the tile's first key block."""
     PACKED: gl.constexpr = call.cu_seqlens_q_ptr is not None or call.splits is not None
     of_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     out_tile = call.out_tiles.index(WARPGROUP)
     call.values.wait(step)
-    if call.RESCALE_EARLY:
+    if call.RESCALE_EARLY and not STEADY:
         acc = rescale(acc, gl.convert_layout(decay, of_rows))
     acc = warpgroup_mma(p, matrix(call.values.tile(step)), acc, is_async=True)
 
     _high, low, first, head, sequence, start_out, length_q, _length_k = read_record(call.records, tile)
+    if STEADY:
+        give_verdict(WARPGROUP, call, tile, row_sum)
     call.records.release(tile)
     first += WARPGROUP * (ROWS // call.PACK)
     position = first + row // call.PACK
@@ -386,6 +463,52 @@ def finish_tile(WARPGROUP: gl.constexpr, call, tile, step, p, acc, decay, row_ma
 
 
 @gluon.jit
+def attend_rest(
+    WARPGROUP: gl.constexpr, call, tile, step, q, weights, decay, row_max, row_sum, row, column, rest, my_low, full_low,
+    full_high, stop, start, diagonal, slope, STEADY: gl.constexpr,
+):  # fmt: skip
+    """Consumer: all key blocks of a tile but the first, and its results. Returns the next step and the tile's first
+    block.
+    """
+    BLOCK_DV: gl.constexpr = call.v_desc.block_type.shape[3]
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    dtype: gl.constexpr = call.keys.tiles.dtype
+    LEFT: gl.constexpr = call.window_left is not None
+    EDGES: gl.constexpr = (LEFT or call.right_reach is not None) and not call.ONE_CUT
+    acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, layout=o_layout)
+    p = gl.convert_layout(weights.to(dtype), p_layout)
+    for part in gl.static_range(3):
+        # Right edge, interior and left edge of the band: three loops over one body, masked at the edges only. Or,
+        # where registers are short, one loop with the mask behind a branch: what passes from loop to loop in 16
+        # bits takes a whole register a value, so that three loops narrow the weights late.
+        if part == 1 or (EDGES and not call.ONE_LOOP and (call.right_reach is not None if part == 0 else LEFT)):
+            bottom = my_low
+            if not call.ONE_LOOP and part < 2:
+                bottom = full_high if part == 0 else gl.maximum(full_low, my_low)
+            while rest > bottom:
+                rest -= 1
+                if not call.ONE_LOOP:
+                    p = gl.convert_layout(weights.to(dtype), p_layout)
+                edge = part != 1
+                if call.ONE_LOOP and EDGES:
+                    edge = at_edge(rest, full_low, full_high, LEFT)
+                weights, acc, decay, row_max, row_sum = attend_block(
+                    WARPGROUP, call, q, p, acc, decay, row_max, row_sum, column, rest * call.BLOCK_N, stop, start,
+                    diagonal, slope, step, edge, EDGES and (call.ONE_LOOP or part != 1), STEADY,
+                )  # fmt: skip
+                if call.ONE_LOOP:
+                    p = gl.convert_layout(weights.to(dtype), p_layout)
+                step += 1
+    if not call.ONE_LOOP:
+        p = gl.convert_layout(weights.to(dtype), p_layout)
+    if not call.SHARE_Q and not call.HOLD_Q:
+        call.queries.release(tile * (call.BLOCK_M // ROWS) + WARPGROUP)
+    low = finish_tile(WARPGROUP, call, tile, step - 1, p, acc, decay, row_max, row_sum, row, STEADY)
+    return step, low
+
+
+@gluon.jit
 def within_split(my_low, full_high, my_high, first, length_q, low):
     """Consumer: of the blocks that a warpgroup's rows see, those that start no earlier than the split does, and where
     those end that all rows see. There is one at least: for a warpgroup too that sees none, or has no rows and no need.
@@ -401,16 +524,11 @@ def within_split(my_low, full_high, my_high, first, length_q, low):
 def attend_queries(WARPGROUP: gl.constexpr, call):
     """Consumer: softmax and both products of 64 query rows, tile after tile."""
     WARPGROUPS: gl.constexpr = call.BLOCK_M // ROWS
-    BLOCK_DV: gl.constexpr = call.v_desc.block_type.shape[3]
     VARLEN: gl.constexpr = call.cu_seqlens_q_ptr is not None
     UNCLEAN: gl.constexpr = VARLEN or call.kv_lens_ptr is not None
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    dtype: gl.constexpr = call.keys.tiles.dtype
     LEFT: gl.constexpr = call.window_left is not None
     BAND: gl.constexpr = call.window_left is not None or call.right_reach is not None
-    EDGES: gl.constexpr = BAND and not call.ONE_CUT
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
     column = gl.arange(0, call.BLOCK_N, layout=gl.SliceLayout(0, s_layout))
@@ -448,7 +566,6 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
 
         row_max = gl.full([ROWS], LOWEST, gl.float32, layout=gl.SliceLayout(1, s_layout))
         row_sum = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, s_layout))
-        acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, layout=o_layout)
 
         if UNCLEAN:
             if WARPGROUP == 0:
@@ -480,34 +597,21 @@ def attend_queries(WARPGROUP: gl.constexpr, call):
             BAND or call.RAGGED,
         )  # fmt: skip
         step += 1
-        p = gl.convert_layout(weights.to(dtype), p_layout)
-        for part in gl.static_range(3):
-            # Right edge, interior and left edge of the band: three loops over one body, masked at the edges only. Or,
-            # where registers are short, one loop with the mask behind a branch: what passes from loop to loop in 16
-            # bits takes a whole register a value, so that three loops narrow the weights late.
-            if part == 1 or (EDGES and not call.ONE_LOOP and (call.right_reach is not None if part == 0 else LEFT)):
-                bottom = my_low
-                if not call.ONE_LOOP and part < 2:
-                    bottom = full_high if part == 0 else gl.maximum(full_low, my_low)
-                while rest > bottom:
-                    rest -= 1
-                    if not call.ONE_LOOP:
-                        p = gl.convert_layout(weights.to(dtype), p_layout)
-                    edge = part != 1
-                    if call.ONE_LOOP and EDGES:
-                        edge = at_edge(rest, full_low, full_high, LEFT)
-                    weights, acc, decay, row_max, row_sum = attend_block(
-                        WARPGROUP, call, q, p, acc, decay, row_max, row_sum, column, rest * call.BLOCK_N, stop, start,
-                        diagonal, slope, step, edge, EDGES and (call.ONE_LOOP or part != 1),
-                    )  # fmt: skip
-                    if call.ONE_LOOP:
-                        p = gl.convert_layout(weights.to(dtype), p_layout)
-                    step += 1
-        if not call.ONE_LOOP:
-            p = gl.convert_layout(weights.to(dtype), p_layout)
-        if not call.SHARE_Q and not call.HOLD_Q:
-            call.queries.release(tile * WARPGROUPS + WARPGROUP)
-        low = finish_tile(WARPGROUP, call, tile, step - 1, p, acc, decay, row_max, row_sum, row)
+        exact = 1
+        if call.STEADY:
+            exact = read_field(call.records, tile, 8)
+        if call.STEADY and exact == 0:
+            step, low = attend_rest(
+                WARPGROUP, call, tile, step, q, weights, decay, row_max, row_sum, row, column, rest, my_low, full_low,
+                full_high, stop, start, diagonal, slope, True,
+            )  # fmt: skip
+        else:
+            if call.STEADY:
+                await_stores()
+            step, low = attend_rest(
+                WARPGROUP, call, tile, step, q, weights, decay, row_max, row_sum, row, column, rest, my_low, full_low,
+                full_high, stop, start, diagonal, slope, False,
+            )  # fmt: skip
         if LEFT:
             step = skip_blocks(call, step, my_low - low, WARPGROUP)
         tile += 1
@@ -572,17 +676,24 @@ def attention_forward(
     ONE_LOOP: gl.constexpr,  # see `attend_queries`
     RESCALE_EARLY: gl.constexpr,  # the sums, beside the next scores' product and not after their own
     VOTE: gl.constexpr,  # see `online_softmax`
+    STEADY: gl.constexpr,  # see `steady_softmax`; with ONE_CUT and ONE_LOOP, and no packed sequences
 ):
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     queries = make_ring(stages_for(q_desc, WARPGROUPS * QUERY_STAGES), WARPGROUPS * QUERY_STAGES, 1, 1)
     keys = make_ring(stages_for(k_desc, KEY_STAGES), KEY_STAGES, 1, WARPGROUPS)
     values = make_ring(stages_for(v_desc, VALUE_STAGES), VALUE_STAGES, 1, WARPGROUPS)
     record_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    records = make_ring(gl.allocate_shared_memory(gl.int32, [2, RECORD], record_layout), 2, 1, WARPGROUPS)
+    # The stages of the records, and of the consumers' verdicts on their tiles.
+    record_tiles = gl.allocate_shared_memory(gl.int32, [4 if STEADY else 2, RECORD], record_layout)
+    records = make_ring(record_tiles, 2, 1, WARPGROUPS)
     clean = records
     if cu_seqlens_q_ptr is not None or kv_lens_ptr is not None:
         # Says that a tile's last values are cleared; who clears them may be a tile ahead of who waits for that.
         clean = make_companion(records, records.tiles, 1)
+    if STEADY:
+        innocent = gl.zeros([RECORD], gl.int32, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        for stage in gl.static_range(2, 4):
+            records.tiles.index(stage).store(innocent)
     out_tiles = queries.tiles if SHARE_Q or splits is not None else stages_for(out_desc, WARPGROUPS)
     fence_async_shared()
     call = Call(
@@ -590,7 +701,7 @@ def attention_forward(
         kv_lens_ptr, alibi_ptr, sinks_ptr, batch, heads, group, seqlen_q, seqlen_k, total_q, total_k, section, splits,
         scale, softcap, window_left, right_reach, queries, keys, values, records, out_tiles, clean,
         HEAD_DIM_V, BLOCK_M, BLOCK_N, PACK, RAGGED, ONE_CUT, SHARE_Q, HOLD_Q, TAKE_TURNS, PASS_EARLY, ONE_LOOP,
-        RESCALE_EARLY, VOTE,
+        RESCALE_EARLY, VOTE, STEADY,
     )  # fmt: skip
     if WARPGROUPS == 2:
         gl.warp_specialize(

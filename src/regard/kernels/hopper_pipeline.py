@@ -133,13 +133,13 @@ def write_record(records, tile, fields):
 
 
 @gluon.jit
-def read_field(records, tile, FIELD: gl.constexpr):
-    """Consumer: an integer of a tile's record.
+def read_field(records, tile, FIELD: gl.constexpr, WARPS: gl.constexpr = 4):
+    """Consumer: an integer of a tile's record. Producer: the same, with one of WARPS.
 
     The record stays in shared memory until it is released: read where it is needed, nothing of it takes registers in
     the loops.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     return gl.max(records.tile(tile).slice(FIELD, 1).load(layout), 0)
 
 

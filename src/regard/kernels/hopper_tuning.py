@@ -20,6 +20,7 @@ class HopperTile(NamedTuple):
     ``hold_q``: the queries stay in registers, so that products read less shared memory and the next tile's may come.
     ``rescale_early``: the sums are rescaled beside the product of the next scores, and not after their own product.
     ``vote``: see `hopper_softmax.online_softmax`.
+    ``steady``: see `hopper_softmax.steady_softmax`.
     """
 
     block_m: int
@@ -34,6 +35,7 @@ class HopperTile(NamedTuple):
     hold_q: bool = False
     rescale_early: bool = True
     vote: bool = False
+    steady: bool = False
 
     @property
     def max_registers(self) -> int:
@@ -63,7 +65,16 @@ FORWARD = {
 
 
 def forward_tile(
-    head_dim: int, head_dim_v: int, *, rows: int, span: int, causal: bool, windowed: bool, one_cut: bool, raw: bool
+    head_dim: int,
+    head_dim_v: int,
+    *,
+    rows: int,
+    span: int,
+    causal: bool,
+    windowed: bool,
+    one_cut: bool,
+    raw: bool,
+    wide_range: bool,
 ) -> HopperTile:
     """Tile of the Hopper forward.
 
@@ -75,6 +86,7 @@ def forward_tile(
         windowed: whether both sides are.
         one_cut: whether of the blocks that a warpgroup attends to only the first may need a mask.
         raw: whether scores need nothing but their scale (no softcap, no ALiBi).
+        wide_range: whether weights may be large (not in float16) and a tile may be taken again (not a packed one).
     """
     entry = table_head_dim(max(head_dim, head_dim_v))
     tile = FORWARD[entry]
@@ -88,6 +100,8 @@ def forward_tile(
         tile = tile._replace(one_loop=windowed)
     elif entry == 256:
         tile = tile._replace(share_q=padded_head_dim(head_dim) == padded_head_dim(head_dim_v))
+    if entry <= 128 and raw and one_cut and wide_range:
+        tile = tile._replace(one_loop=True, steady=True, vote=False, pass_early=not causal or tile.block_m == 128)
     if windowed and span <= _NARROW.get(entry, 0):
         tile = tile._replace(block_n=64, key_stages=4, value_stages=4)
     return tile
