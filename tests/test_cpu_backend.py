@@ -1,6 +1,7 @@
 """What the conformance cases do not reach: long rows, memory, NaN under a mask, the backward by itself."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -60,6 +61,28 @@ def test_nan_of_a_query_stays_in_its_row(keys, arguments):
     for out, lse in results:
         assert out[0, 3, 1].isnan().all() and lse[0, 1, 3].isnan() and out.isnan().sum() == 8
     torch.testing.assert_close(*results, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("feature", ["plain", "causal", "mask", "bias", "alibi", "window"])
+def test_infinite_scores_give_nan_and_not_zero(feature, rows, dtype):
+    """Torch's bfloat16 exponentials take the NaN of infinity less infinity for 0."""
+    options = {
+        "causal": dict(causal=True), "mask": dict(mask=torch.rand(rows, 70) < 0.7), "window": dict(window=(40, 40)),
+        "bias": dict(bias=torch.randn(rows, 70)), "alibi": dict(alibi_slopes=torch.rand(2)),
+    }.get(feature, {})  # fmt: skip
+    for value, place in itertools.product((float("inf"), float("-inf"), 3e30), ("q", "k")):
+        tensors = {
+            name: torch.randn(2, length, 2, 16).to(dtype) for name, length in (("q", rows), ("k", 70), ("v", 70))
+        }
+        tensors[place][0, rows // 2, 1, 3] = value
+        if value == 3e30:
+            tensors["k" if place == "q" else "q"][0, :, 1] *= 1e30  # the products overflow
+        out, again = (regard.attention(**tensors, backend="cpu", **options) for _ in range(2))
+        expected = regard.attention(**tensors, backend="reference", **options)
+        torch.testing.assert_close(out, expected, equal_nan=True, atol=3e-2, rtol=3e-2)
+        torch.testing.assert_close(out, again, equal_nan=True, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

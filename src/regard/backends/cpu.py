@@ -283,7 +283,7 @@ def _attend(piece: _Piece) -> tuple[Tensor, Tensor]:
     if q.shape[2] == 0 or k.shape[2] == 0:
         out, lse = _nothing_visible(piece, q.shape[2])
     elif config.softcap > 0 or config.dropout_p > 0:
-        out, lse = _by_query_blocks(piece, _online_softmax, _block_side(piece))
+        out, lse = _by_query_blocks(piece, _online_softmax, _block_side(piece), range(q.shape[2]))
     else:
         out, lse = _attend_fused(piece)
     if piece.sinks is not None:
@@ -315,7 +315,7 @@ def _attend_fused(piece: _Piece) -> tuple[Tensor, Tensor]:
         causal = left is None and right == 0 and piece.shift == 0 and config.softmax_scale > 0 and piece.bias is None
         if unlimited or causal:
             return _fused_or_online(piece, range(q.shape[2]), range(k.shape[2]), causal)
-    return _by_query_blocks(piece, _fused_or_online, _fused_rows(piece))
+    return _by_query_blocks(piece, _fused_or_online, _fused_rows(piece), range(q.shape[2]))
 
 
 def _fused_rows(piece: _Piece) -> int:
@@ -330,10 +330,12 @@ def _fused_rows(piece: _Piece) -> int:
     return min(rows, max(fused.FULL_SPEED_ROWS, (span if windowed else piece.q.shape[2]) // 4))
 
 
-def _by_query_blocks(piece: _Piece, attend_block: _AttendBlock, rows_in_block: int) -> tuple[Tensor, Tensor]:
+def _by_query_blocks(
+    piece: _Piece, attend_block: _AttendBlock, rows_in_block: int, whole: range
+) -> tuple[Tensor, Tensor]:
     """Every block of queries against the keys the band shows it; blocks outside the band are never visited."""
     outs, lses = [], []
-    for rows in _blocks(range(piece.q.shape[2]), rows_in_block):
+    for rows in _blocks(whole, rows_in_block):
         keys = piece.visible_keys(rows)
         out, lse = attend_block(piece, rows, keys) if keys else _nothing_visible(piece, len(rows))
         outs.append(out)
@@ -343,7 +345,7 @@ def _by_query_blocks(piece: _Piece, attend_block: _AttendBlock, rows_in_block: i
 
 def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = False) -> tuple[Tensor, Tensor]:
     """One call of the fused kernel, or algorithm 1 where the kernel is not to be trusted with NaN: for few keys, and
-    again where one may have leaked from a hidden key.
+    where its lse tells, see `fused.check_lse`.
     """
     if len(keys) < fused.FEWEST_KEYS:
         return _online_softmax(piece, rows, keys)
@@ -356,11 +358,12 @@ def _fused_or_online(piece: _Piece, rows: range, keys: range, causal: bool = Fal
     if len(rows) == 1:
         kernel = fused.fastest_for_a_row(q.dtype, q.shape[1], k.shape)
     out, lse = kernel(q, k, v, attn_mask=additive, scale=piece.config.softmax_scale)
-    if additive is not None:
-        try:
-            lse = fused.checked_lse(lse, additive, exact=fused.needs_exact_lse(piece.config))
-        except FloatingPointError:
-            return _online_softmax(piece, rows, keys)
+    try:
+        fused.check_lse(lse, q.dtype, hidden=additive is not None)
+    except FloatingPointError:
+        return _by_query_blocks(piece, _online_softmax, _block_side(piece), rows)
+    if additive is not None and fused.needs_exact_lse(piece.config):
+        lse = fused.exact_lse(lse, additive)
     return (out if widest == head_dim_v else out[..., :head_dim_v]), lse
 
 

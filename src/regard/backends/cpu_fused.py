@@ -29,7 +29,7 @@ kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 Call = Callable[..., tuple[Tensor, Tensor]]
 """From q, k and v, and the mask of a call that has one, to out and lse.
 
-Raises FloatingPointError where the kernel is not to be trusted with NaN.
+Raises FloatingPointError where the kernel is not to be trusted, see `check_lse`.
 """
 
 
@@ -64,7 +64,16 @@ def unmasked_call(config: AttentionConfig) -> Call | None:
     aligned = config.seqlen_q == config.seqlen_k and config.softmax_scale > 0
     if config.mask_shape is not None or (causal and not aligned) or not _suits(config):
         return None
-    return functools.partial(_form(config), is_causal=True) if causal else _form(config)
+    form = functools.partial(_form(config), is_causal=True) if causal else _form(config)
+    if is_widened(config) or config.dtype != torch.bfloat16:
+        return form
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = form(q, k, v)
+        _check_finite(lse)
+        return out, lse
+
+    return attend
 
 
 def _masked_call(config: AttentionConfig) -> Call | None:
@@ -84,7 +93,8 @@ def _masked_call(config: AttentionConfig) -> Call | None:
             if causal:
                 additive = additive + _causal_mask(rows, keys, dtype)
         out, lse = form(q, k, v, attn_mask=additive)
-        return out, checked_lse(lse, additive, exact=exact)
+        check_lse(lse, dtype, hidden=True)
+        return out, exact_lse(lse, additive) if exact else lse
 
     return attend
 
@@ -118,15 +128,32 @@ def _form(config: AttentionConfig) -> Call:
     return widen if widened else form
 
 
-def checked_lse(lse: Tensor, additive: Tensor, *, exact: bool) -> Tensor:
-    """The kernel's lse, and where it is to be exact, -inf instead of 0 for rows that see nothing.
+def check_lse(lse: Tensor, dtype: torch.dtype, *, hidden: bool) -> None:
+    """Look at the kernel's lse for what says that its out is not to be trusted.
+
+    Args:
+        dtype: of what the kernel was given.
+        hidden: whether an additive mask hid keys.
 
     Raises:
-        FloatingPointError: some of it is NaN, which may have leaked from a hidden key.
+        FloatingPointError: where keys are hidden, NaN, which may have leaked from one. In bfloat16 also infinity: the
+            exponentials there take for 0 the NaN that an infinite score leaves.
     """
-    if not lse.equal(lse):
+    if dtype == torch.bfloat16:
+        _check_finite(lse)
+    elif hidden and not lse.equal(lse):
         raise FloatingPointError("NaN in lse")
-    if not exact or not (lse == 0).any():
+
+
+def _check_finite(lse: Tensor) -> None:
+    highest = lse.max() if lse.is_contiguous() else lse.amax()  # of which one copies and the other takes longer
+    if not highest.item() < _INF:
+        raise FloatingPointError("NaN or infinity in lse")
+
+
+def exact_lse(lse: Tensor, additive: Tensor) -> Tensor:
+    """The kernel's lse, but -inf instead of 0 for rows that see nothing."""
+    if not (lse == 0).any():
         return lse
     return lse.masked_fill((additive.amax(-1) == -_INF).expand(lse.shape), -_INF)
 
