@@ -243,10 +243,24 @@ def test_malformed_arguments_are_named(arguments, match):
         flash_attn.flash_attn_with_kvcache(**arguments)
 
 
-def test_an_error_leaves_the_cache_alone():
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (dict(cache_seqlens=one(6)), "cache_seqlens"),
+        (dict(alibi_slopes=torch.rand(3)), "alibi_slopes"),
+        (dict(alibi_slopes=[0.5]), "alibi_slopes"),
+        (dict(softmax_scale=float("nan")), "softmax_scale"),
+        (dict(softcap=-1.0), "softcap"),
+        (dict(causal=1), "causal"),
+        (dict(return_softmax_lse="yes"), "return_lse"),
+        (dict(q=Q.double()), "k: got torch.float32"),
+    ],
+)
+def test_an_error_leaves_the_cache_alone(arguments, match):
     caches = [cache.clone() for cache in CACHES.values()]
-    with pytest.raises(ConfigError):
-        flash_attn.flash_attn_with_kvcache(Q, *caches, **NEW, cache_seqlens=one(6))
+    arguments = dict(q=Q, cache_seqlens=one(1)) | arguments
+    with pytest.raises(ConfigError, match=match):
+        flash_attn.flash_attn_with_kvcache(arguments.pop("q"), *caches, **NEW, **arguments)
     assert torch.equal(caches[0], CACHES["k_cache"]) and torch.equal(caches[1], CACHES["v_cache"])
 
 

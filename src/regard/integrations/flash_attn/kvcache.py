@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard import plans
 from regard.api import attention, paged_attention
 from regard.config import require_tensor
 from regard.errors import ConfigError, Reason, UnsupportedError
 from regard.integrations.flash_attn.positions import check_range, page_and_row, sequence_and_position
 from regard.integrations.flash_attn.rotary import check_tables, rotate
 from regard.lengths import check_index_vector, longest_sequence
+from regard.tracing import is_traced
 
 
 def flash_attn_with_kvcache(
@@ -69,7 +71,7 @@ def flash_attn_with_kvcache(
         a backward that reaches them raises.
 
     Raises:
-        ConfigError: an argument is malformed. Tensors of lengths, rows and pages are checked on the CPU; on a GPU what
+        ConfigError: an argument is malformed; then nothing is appended. Tensors of lengths, rows and pages are checked on the CPU; on a GPU what
             does not exist is clamped, to spare a synchronisation.
     """
     check_caches(q, k_cache, v_cache, rank_q=4)
@@ -97,6 +99,7 @@ def flash_attn_with_kvcache(
                 ordered = causal or window is not None
                 angles = _check_tables(rotary_cos, rotary_sin, q, capacity)
                 q, k = _rotate(q, k, angles, held, ordered, rotary_interleaved)
+            _check_options(q, k, v, alibi_slopes, causal, window, softmax_scale, softcap, return_softmax_lse)
             _append(k_cache, v_cache, k, v, pages, held)
             held = held + new
         if leftpad is not None:
@@ -280,6 +283,19 @@ def _check_new(
     if cache_seqlens is None:
         raise ConfigError("cache_seqlens", None, "an int or an int32 tensor (B,), since k is given")
     return k, v
+
+
+def _check_options(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, *options: Any) -> None:
+    """Raise a `ConfigError` for what the attention over the cache would refuse, before anything is written: k and v are
+    of the caches' heads and dtypes. ``options`` are causal, window, softmax_scale, softcap and return_lse.
+    """
+    mixed = not q.dtype == k.dtype == v.dtype
+    if torch.compiler.is_compiling() or (mixed and torch.is_autocast_enabled(q.device.type)):  # which makes them alike
+        return
+    causal, window, softmax_scale, softcap, return_lse = options
+    tensors = (q, k, v, None, None, alibi_slopes, None, None, None, None, None)
+    said = ("bshd", causal, window, softmax_scale, softcap, 0.0, return_lse, False, None, None, None, None)
+    plans.describe(tensors, said, traced=is_traced(tensors))
 
 
 def _check_tables(cos: Tensor | None, sin: Tensor | None, q: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
