@@ -71,8 +71,8 @@ def flash_attn_with_kvcache(
         a backward that reaches them raises.
 
     Raises:
-        ConfigError: an argument is malformed; then nothing is appended. Tensors of lengths, rows and pages are checked on the CPU; on a GPU what
-            does not exist is clamped, to spare a synchronisation.
+        ConfigError: an argument is malformed; then nothing is appended. Tensors of lengths, rows and pages are checked
+            on the CPU; on a GPU what does not exist is clamped, to spare a synchronisation.
     """
     check_caches(q, k_cache, v_cache, rank_q=4)
     if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 0:
