@@ -196,6 +196,8 @@ def test_language_model_rows_have_a_table_of_their_own(tmp_path):
     write_report([row], tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text())
     assert "Language model" in page.headings and {"12.3", "1.50", "2.50"} <= set(page.cells)
+    write_report([row | {"decode_tokens_per_second": 0.0, "decode_speedup": None}], tmp_path / "page.html")
+    assert {"0.0", "-"} <= set(Page((tmp_path / "page.html").read_text()).cells)
 
 
 # --- The command

@@ -5,6 +5,7 @@ import math
 import shlex
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 import regard
 from regard import ConfigError
-from regard.bench import baselines, environment, peers, progress, rows, summary
+from regard.bench import baselines, environment, model, peers, progress, rows, summary
 from regard.bench.measure import SECONDS, Settings
 from regard.bench.run import DeviceLost, Options, run
 from regard.cli import app
@@ -444,3 +445,17 @@ def fake_timing():
     from regard.bench.measure import Timing
 
     return Timing(samples=[1e-3], rounds=[1e-3])
+
+
+def test_a_language_model_that_ends_after_one_token_has_no_decode_speed_up(monkeypatch):
+    from regard.worker import generate, models
+
+    made = {"ms": 2.0, "decode_tokens_per_second": 0.0, "tokens": [7]}
+    network = SimpleNamespace(config=SimpleNamespace(_attn_implementation="ours"), set_attn_implementation=str)
+    monkeypatch.setattr(models, "find", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(models, "load", lambda *_, **__: SimpleNamespace(model=network))
+    monkeypatch.setattr(generate, "tune_threads", lambda _: 1)
+    monkeypatch.setattr(model, "_generate", lambda _: dict(made))
+    options = SimpleNamespace(model="tiny", implementations=("cpu",))
+    measured = list(model.measure_model(options, torch.device("cpu"), lambda *_: {"environment": {}}))
+    assert [(row["status"], row["speedup"], row["decode_speedup"]) for row in measured] == [("ok", 1.0, None)] * 3

@@ -27,7 +27,8 @@ def measure_model(options: Options, device: torch.device, common: Callable[[str,
 
     A row's ``ms`` is the time to first token, the better of two runs (``ms_high`` is the worse), and
     ``decode_tokens_per_second`` the best rate after it. Speed-ups are of the time to first token against
-    transformers' eager attention; ``decode_speedup`` of the rate. Tokens must be those of eager attention.
+    transformers' eager attention; ``decode_speedup`` of the rate, None where the model ends after one token. Tokens
+    must be those of eager attention.
     """
     from regard.worker import models
     from regard.worker.generate import tune_threads
@@ -58,7 +59,8 @@ def measure_model(options: Options, device: torch.device, common: Callable[[str,
             continue
         row |= {"status": "ok", **measured, "reference": "transformers-eager"}
         row["speedup"] = round(reference["ms"] / measured["ms"], 4)
-        row["decode_speedup"] = round(measured["decode_tokens_per_second"] / reference["decode_tokens_per_second"], 4)
+        rate = reference["decode_tokens_per_second"]
+        row["decode_speedup"] = round(measured["decode_tokens_per_second"] / rate, 4) if rate else None
         yield row
 
 
