@@ -21,12 +21,12 @@ from regard.backends import hopper
 from regard.backends.hopper import HopperBackend
 from regard.backends.launch import Launch
 from regard.bench.cross_compile import meta_inputs
-from regard.kernels import hopper_backward, hopper_forward, hopper_two_pass
+from regard.kernels import hopper_backward, hopper_forward, hopper_tiles, hopper_two_pass
 
 # --- Which blocks a tile visits
 
 query_blocks = plain(hopper_backward.query_blocks, gl=INTEGERS)
-key_blocks = plain(hopper_forward.key_blocks, gl=INTEGERS)
+key_blocks = plain(hopper_tiles.key_blocks, gl=INTEGERS)
 
 BANDS = {
     "full": (None, None),
@@ -148,14 +148,16 @@ def test_every_packed_query_tile_of_the_forward_is_taken_once():
         load_tiles(SimpleNamespace(
             cu_seqlens_q_ptr=Pointer(starts), cu_seqlens_k_ptr=Pointer(starts), kv_lens_ptr=None, batch=len(lengths),
             heads=heads, group=1, seqlen_q=200, seqlen_k=200, total_q=int(starts[-1]), total_k=int(starts[-1]),
-            section=1, splits=None, counter_ptr=None, window_left=None, right_reach=1, BLOCK_M=128, BLOCK_N=64, PACK=1,
+            section=1, splits=None, counter_ptr=None, window_left=None, right_reach=1, BLOCK_M=128, BLOCK_N=64, PACK=1, STEADY=False,
             queries=nothing, keys=nothing, values=nothing, records=None, q_desc=None, k_desc=None, v_desc=None,
         ))  # fmt: skip
     tiles = [(sequence, head, first) for sequence, length in enumerate(lengths) for head in range(heads)
              for first in range(0, length, 128)]  # fmt: skip
     records = [record for record in taken if len(record) > 2]
     assert sorted((sequence, head, first) for _, _, first, head, sequence, *_ in records) == tiles
-    assert all((start, length) == (starts[sequence], lengths[sequence]) for *_, sequence, start, length, _ in records)
+    assert all(
+        (start, length) == (starts[sequence], lengths[sequence]) for *_, sequence, start, length, _, _ in records
+    )
     assert len(taken) == len(tiles) + programs and next(index) == programs + len(tiles)
 
 

@@ -20,7 +20,7 @@ from hopper_calls import DEVICE, expected, random_inputs
 import regard
 from regard.backends import hopper
 from regard.bench.cross_compile import meta_inputs
-from regard.kernels import hopper_forward, hopper_tuning
+from regard.kernels import hopper_tiles, hopper_tuning
 
 config = functools.partial(hopper_calls.config, seqlen_q=100, seqlen_k=300, requires_grad=False)
 
@@ -246,7 +246,7 @@ def test_results_of_packed_sequences():
 
 
 def test_a_warpgroup_without_rows_takes_one_block():
-    within_split = plain(hopper_forward.within_split, gl=INTEGERS)
+    within_split = plain(hopper_tiles.within_split, gl=INTEGERS)
     assert within_split(0, 16, 16, 0, 1, 8) == (8, 16, 16)
     assert within_split(0, 16, 16, 16, 1, 8) == (8, 16, 9)
     assert within_split(0, 3, 4, 0, 16, 8) == (8, 8, 9), "nor does one that sees none more"
@@ -268,7 +268,7 @@ def test_a_warpgroup_that_lags_behind(monkeypatch):
 
 @pytest.mark.parametrize("splits", [1, 2, 7, 128])
 def test_splits_share_the_blocks(splits):
-    split_blocks = plain(hopper_forward.split_blocks, gl=INTEGERS)
+    split_blocks = plain(hopper_tiles.split_blocks, gl=INTEGERS)
     for low, high in itertools.product((0, 3), (3, 4, 10, 131, 2**24)):
         shares = [split_blocks(split, splits, low, high) for split in range(splits)]
         assert shares[0][0] == low and shares[-1][1] == high

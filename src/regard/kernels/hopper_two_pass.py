@@ -20,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from regard.kernels.hopper_backward import query_blocks, visible_pairs
-from regard.kernels.hopper_forward import key_blocks
 from regard.kernels.hopper_pipeline import (
     SIZES,
     Ring,
@@ -40,6 +39,7 @@ from regard.kernels.hopper_pipeline import (
     transposed,
 )
 from regard.kernels.hopper_softmax import LOG2_E
+from regard.kernels.hopper_tiles import key_blocks
 
 ROWS = gl.constexpr(64)  # rows of a warpgroup, as many as one wgmma covers
 
