@@ -209,6 +209,21 @@ def test_tiles_whose_scores_rise_beyond_what_weights_can_be_are_taken_again(wher
     check(results_on_cpu(called, given, multiprocessors=programs), expected(called, given))
 
 
+@pytest.mark.parametrize(
+    ("options", "splits"),
+    [(dict(heads_kv=2), None), (dict(heads_kv=2), 3), (dict(heads_kv=1, causal=True, sinks=True), None),
+     (dict(kv_lens=True), None)],
+)  # fmt: skip
+def test_such_tiles_of_grouped_heads_shorter_sequences_and_splits_too(options, splits):
+    called = config(**{"heads_kv": 4, **options}, head_dim=128, seqlen_q=192, seqlen_k=640, heads_q=4)
+    lengths = torch.tensor([640, 333], dtype=torch.int32) if called.kv_lens else None
+    given = random_inputs(called, kv_lens=lengths)
+    given.k[:, :200] *= 400
+    given.q.copy_(torch.where(_head(given.q) % 2 == 0, 4.0, 1e-3) * given.q)
+    assert hopper.forward_launch(called, *nothing_written(called, given)).arguments["STEADY"]
+    check(results_on_cpu(called, given, splits), expected(called, given))
+
+
 def test_nan_takes_a_tile_twice_and_no_more():
     called = config(128, seqlen_q=300, seqlen_k=300)
     given = random_inputs(called)
