@@ -197,10 +197,7 @@ def _parts_without_memory(config: AttentionConfig, q: Tensor, multiprocessors: i
     if config.varlen:
         return None
     tile, pack = _forward_tile(config)
-    keys = config.seqlen_k
-    left, right = bounded_band(config)
-    if left is not None and right is not None:
-        keys = min(keys, left + right + min(config.seqlen_q, tile.block_m // pack))
+    keys = _keys_seen(config, min(config.seqlen_q, tile.block_m // pack))
     splits = hopper_tuning.key_splits(_query_tiles(config, tile, pack), keys, multiprocessors)
     if splits == 1:
         return None
@@ -213,19 +210,26 @@ def _forward_tile(config: AttentionConfig) -> tuple[hopper_tuning.HopperTile, in
     group = config.heads_q // config.heads_kv
     pack = min(group & -group, hopper_tuning.ROWS)
     left, right = bounded_band(config)
-    window = None if left is None or right is None else left + right + 1
     tile = hopper_tuning.forward_tile(
         config.head_dim,
         config.head_dim_v,
         rows=config.seqlen_q * pack,
-        span=config.seqlen_k if window is None else min(config.seqlen_k, window),
+        span=_keys_seen(config, 1),
         causal=right is not None,
-        windowed=window is not None,
+        windowed=left is not None and right is not None,
         one_cut=_one_cut(config, pack),
         raw=config.softcap == 0 and not config.alibi,
         wide_range=config.dtype == torch.bfloat16 and not config.varlen,
     )
     return tile, pack
+
+
+def _keys_seen(config: AttentionConfig, queries: int) -> int:
+    """Keys that so many queries side by side see together, at most."""
+    left, right = bounded_band(config)
+    if left is None or right is None:
+        return config.seqlen_k
+    return min(config.seqlen_k, left + right + queries)
 
 
 def _one_cut(config: AttentionConfig, pack: int) -> bool:

@@ -513,7 +513,7 @@ def attention_forward(
     HOLD_Q: gl.constexpr,  # the queries stay in registers
     TAKE_TURNS: gl.constexpr,  # the warpgroups start their products one after the other
     PASS_EARLY: gl.constexpr,  # the turn: once the products are under way, and not once the scores are there
-    ONE_LOOP: gl.constexpr,  # see `attend_queries`
+    ONE_LOOP: gl.constexpr,  # see `attend_rest`
     RESCALE_EARLY: gl.constexpr,  # the sums, beside the next scores' product and not after their own
     VOTE: gl.constexpr,  # see `online_softmax`
     STEADY: gl.constexpr,  # see `steady_softmax`; with ONE_CUT and ONE_LOOP, and no packed sequences

@@ -8,10 +8,11 @@ hands it out once more, and it is taken with running maxima.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from regard.kernels import hopper_tuning
 from regard.kernels.hopper_pipeline import read_field, seek_sequences, sequence_bounds, sequence_of
 from regard.kernels.hopper_softmax import GROWTH
 
-ROWS = gl.constexpr(64)  # query rows of a warpgroup, as many as one wgmma covers
+ROWS = gl.constexpr(hopper_tuning.ROWS)
 RECORD = gl.constexpr(16)  # integers in a tile's record, a power of two, see `read_record`
 EXACT = gl.constexpr(8)  # the field beyond these that says that the tile comes again
 VERDICTS = gl.constexpr(2)  # the first of the verdicts' stages, beyond those of the records

@@ -16,7 +16,7 @@ class HopperTile(NamedTuple):
     ``take_turns``: the warpgroups start their products one after the other, so that one's softmax meets another's
     products (FlashAttention-3's ping-pong).
     ``pass_early``: a turn ends once the products are under way, and not once the scores are there.
-    ``one_loop``: see `hopper_forward.attend_queries`; it saves registers.
+    ``one_loop``: see `hopper_forward.attend_rest`; it saves registers.
     ``hold_q``: the queries stay in registers, so that products read less shared memory and the next tile's may come.
     ``rescale_early``: the sums are rescaled beside the product of the next scores, and not after their own product.
     ``vote``: see `hopper_softmax.online_softmax`.

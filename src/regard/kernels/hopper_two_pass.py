@@ -39,9 +39,7 @@ from regard.kernels.hopper_pipeline import (
     transposed,
 )
 from regard.kernels.hopper_softmax import LOG2_E
-from regard.kernels.hopper_tiles import key_blocks
-
-ROWS = gl.constexpr(64)  # rows of a warpgroup, as many as one wgmma covers
+from regard.kernels.hopper_tiles import ROWS, key_blocks
 
 
 @record
