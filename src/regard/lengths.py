@@ -111,11 +111,11 @@ def of_packed(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> list[
     return list(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True))
 
 
-def describe_paged(k_cache: Tensor, block_table: object, kv_lens: Tensor | None, batch: int, page_size: int) -> int:
-    """Validate the page table of a paged KV cache and return the key capacity of a sequence.
+def check_block_table(block_table: object, batch: int, device: torch.device) -> Tensor:
+    """Return the tensor if it is int32, of shape (batch, pages a sequence) and on the device.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: it is not.
     """
     if not isinstance(block_table, Tensor):
         raise ConfigError("block_table", type(block_table).__name__, "a torch.Tensor")
@@ -123,8 +123,18 @@ def describe_paged(k_cache: Tensor, block_table: object, kv_lens: Tensor | None,
         raise ConfigError("block_table", block_table.dtype, "int32")
     if block_table.ndim != 2 or block_table.shape[0] != batch:
         raise ConfigError("block_table", f"shape {tuple(block_table.shape)}", f"shape ({batch}, pages a sequence)")
-    if block_table.device != k_cache.device:
-        raise ConfigError("block_table", f"device {block_table.device}", f"the device of q, {k_cache.device}")
+    if block_table.device != device:
+        raise ConfigError("block_table", f"device {block_table.device}", f"the device of q, {device}")
+    return block_table
+
+
+def describe_paged(k_cache: Tensor, block_table: object, kv_lens: Tensor | None, batch: int, page_size: int) -> int:
+    """Validate the page table of a paged KV cache and return the key capacity of a sequence.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    block_table = check_block_table(block_table, batch, k_cache.device)
     if block_table.stride(1) != 1 and block_table.shape[1] > 1:
         raise ConfigError("block_table", f"stride {block_table.stride()}", "rows of contiguous entries")
     if page_size < 1 or (k_cache.shape[0] == 0 and block_table.numel() > 0):

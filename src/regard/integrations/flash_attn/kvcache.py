@@ -19,7 +19,7 @@ from regard.config import require_tensor
 from regard.errors import ConfigError, Reason, UnsupportedError
 from regard.integrations.flash_attn.positions import check_range, page_and_row, sequence_and_position
 from regard.integrations.flash_attn.rotary import check_tables, rotate
-from regard.lengths import check_index_vector, longest_sequence
+from regard.lengths import check_block_table, check_index_vector, longest_sequence
 from regard.tracing import is_traced
 
 
@@ -193,13 +193,7 @@ def _pages(k_cache: Tensor, block_table: Tensor | None, cache_batch_idx: Tensor 
         if cache_batch_idx is not None:
             raise ConfigError("cache_batch_idx", "a tensor together with block_table", "one of the two")
         require_tensor("block_table", block_table)
-        if block_table.dtype != torch.int32:
-            raise ConfigError("block_table", block_table.dtype, "int32")
-        if block_table.device != k_cache.device:
-            raise ConfigError("block_table", f"device {block_table.device}", f"that of k_cache, {k_cache.device}")
-        if block_table.ndim != 2 or block_table.shape[0] != batch:
-            raise ConfigError("block_table", f"shape {tuple(block_table.shape)}", f"shape ({batch}, pages a sequence)")
-        return block_table.contiguous()
+        return check_block_table(block_table, batch, k_cache.device).contiguous()
     if cache_batch_idx is not None:
         rows = check_index_vector("cache_batch_idx", cache_batch_idx, batch, k_cache.device)
         check_range("cache_batch_idx", rows, 0, k_cache.shape[0] - 1)
