@@ -14,7 +14,7 @@ from regard import AttentionConfig, AttentionInputs, FallbackWarning, Registry
 from regard.backends import flash, hopper, register_builtin_backends
 from regard.backends.flash import FlashBackend
 from regard.backends.hopper import HopperBackend
-from regard.bench.cross_compile import meta_inputs
+from regard.export.cross_compile import meta_inputs
 from regard.kernels import hopper_tuning, tuning
 
 MULTIPROCESSORS = 132

@@ -20,7 +20,7 @@ from gluon_on_cpu import HOPPER, INTEGERS, SCRATCH, Numbers, Pointer, cdiv, plai
 from regard.backends import hopper
 from regard.backends.hopper import HopperBackend
 from regard.backends.launch import Launch
-from regard.bench.cross_compile import meta_inputs
+from regard.export.cross_compile import meta_inputs
 from regard.kernels import hopper_backward, hopper_forward, hopper_tiles, hopper_two_pass
 
 # --- Which blocks a tile visits

@@ -19,7 +19,7 @@ from hopper_calls import DEVICE, expected, random_inputs
 
 import regard
 from regard.backends import hopper
-from regard.bench.cross_compile import meta_inputs
+from regard.export.cross_compile import meta_inputs
 from regard.kernels import hopper_tiles, hopper_tuning
 
 config = functools.partial(hopper_calls.config, seqlen_q=100, seqlen_k=300, requires_grad=False)

@@ -71,7 +71,7 @@ def test_third_party_imports_are_declared():
     """These belong to extras or to the command line: only their own folders import them."""
     owners = {
         "transformers": {"integrations", "worker", "bench"},
-        "typer": {"cli", "worker", "bench"},
+        "typer": {"cli", "worker", "bench", "export"},
         "gguf": {"worker"},
         "jinja2": {"bench"},
         "matplotlib": {"bench"},
@@ -119,7 +119,7 @@ def test_help_on_usage_needs_no_torch():
 import sys
 from typer.testing import CliRunner
 from regard import cli
-for command in ("explain", "bench", "report", "profile"):
+for command in ("explain", "bench", "report", "profile", "export"):
     assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
 print(*(name for name in ("torch", "transformers") if name in sys.modules))
 """

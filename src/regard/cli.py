@@ -1,4 +1,5 @@
-"""The command line: ``regard info``, ``regard explain``, ``regard generate``; `regard.bench.commands` has the rest.
+"""The command line: ``regard info``, ``regard explain``, ``regard generate``; `regard.bench.commands` and
+`regard.export.commands` have the rest.
 
 Parses and prints; what it prints comes from the package. Imports are inside the commands, so that help is quick.
 """
@@ -17,6 +18,7 @@ import typer
 
 from regard.bench import commands
 from regard.errors import ConfigError, UnsupportedError
+from regard.export.commands import export
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +81,7 @@ def _root(
 app.command()(commands.bench)
 app.command()(commands.report)
 app.command()(commands.profile)
+app.command()(export)
 
 
 @app.command()
@@ -227,7 +230,7 @@ def generate(
         _check_comparison(compare, request.temperature)
         console = _console(stderr=True)
         started = time.perf_counter()
-        with _progress(console) as progress:
+        with progress_bars(console) as progress:
             loaded = models.load(source, device=place, dtype=weights, cache_dir=cache_dir, progress=progress)
         with nullcontext() if backend is None else registry.use_backend(backend):
             if threads is not None:
@@ -413,7 +416,7 @@ def _escape(text: str) -> str:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage, pulsing where steps cannot be counted; a line for each where there is no terminal."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

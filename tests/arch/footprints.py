@@ -323,7 +323,7 @@ def measure(name: str, config: AttentionConfig) -> dict[str, Any]:
     """Compile one case and return its record: the tile it runs with and its `Footprint`; of one that is given TMA
     descriptors also whether it copies with TMA and what ptxas says of wgmma instructions that it made wait; of a Gluon
     kernel `stray_barriers`."""
-    from regard.bench.cross_compile import (
+    from regard.export.cross_compile import (
         barrier_offsets,
         compile_launch,
         footprint,

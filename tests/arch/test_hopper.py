@@ -14,7 +14,7 @@ from gluon_on_cpu import SCRATCH, shared_memory_of
 
 from regard.backends import hopper
 from regard.backends.hopper import HopperBackend
-from regard.bench.cross_compile import barrier_offsets, has_tma, meta_inputs, source_of, wgmma_serializations
+from regard.export.cross_compile import barrier_offsets, has_tma, meta_inputs, source_of, wgmma_serializations
 from regard.kernels import hopper_tuning
 
 FORWARD, ONE_PASS, FINISH, KEYS, QUERIES = (

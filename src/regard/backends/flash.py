@@ -142,14 +142,21 @@ def _forward_key(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any,
     return "flash forward", inputs.q.device.index, _product_precision(config), appearance(inputs)
 
 
-def forward_launch(config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> Launch:
+def forward_launch(
+    config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor, *, by_tma: bool = True
+) -> Launch:
     """The forward kernel's launch for one call.
 
     Reads shapes and strides only, so that the compile gate can ask for calls on devices that are not there.
+
+    Args:
+        config, inputs, out, lse: the call.
+        by_tma: whether TMA may bring tiles, where the table says so and it can.
     """
     from regard.kernels.forward import attention_forward
 
-    tile = _tile(config, tuning.FORWARD, _aligned(inputs.k) and _aligned(inputs.v), _suits_tma(config, inputs[:3]))
+    aligned = _aligned(inputs.k) and _aligned(inputs.v)
+    tile = _tile(config, tuning.FORWARD, aligned, by_tma and _suits_tma(config, inputs[:3]))
     arguments = dict(
         **_score_arguments(config, inputs),
         **_tile_arguments(config, tile, config.seqlen_k % tile.block_n != 0),

@@ -6,7 +6,6 @@ down instead of made, and each is compiled for the architecture asked for.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,12 +14,13 @@ from unittest.mock import patch
 
 import torch
 
-from regard.backends import flash, hopper
+from regard.backends import hopper
 from regard.backends.launch import Launch
 from regard.bench.cases import Workload
 from regard.bench.rows import Row
 from regard.config import AttentionConfig, AttentionInputs
 from regard.errors import ConfigError, UnsupportedError
+from regard.export import require_compiler
 from regard.kernels import tuning
 from regard.registry import registry
 
@@ -116,11 +116,8 @@ def profile_kernels(workload: Workload, arch: str) -> list[KernelProfile]:
     reasons = {name: registry.reasons(name, config) for name in BACKENDS}
     if all(reasons.values()):
         raise UnsupportedError(f"no Triton kernel can serve {workload.name} on {arch}", reasons)
-    if importlib.util.find_spec("triton") is None:
-        raise ConfigError("triton", "none installed", "pip install triton (CPU builds of torch bring none)")
-    if flash._interpreting():
-        raise ConfigError("TRITON_INTERPRET", "1", "an environment without it: the interpreter compiles nothing")
-    from regard.bench.cross_compile import meta_inputs
+    require_compiler()
+    from regard.export.cross_compile import meta_inputs
 
     return [
         _profile(name, launch, entry)
@@ -131,7 +128,7 @@ def profile_kernels(workload: Workload, arch: str) -> list[KernelProfile]:
 
 
 def _profile(backend: str, launch: Launch, arch: str) -> KernelProfile:
-    from regard.bench.cross_compile import compile_launch, footprint, tile_of
+    from regard.export.cross_compile import compile_launch, footprint, tile_of
 
     compiled = compile_launch(launch.kernel, launch.arguments, launch.options, arch)
     cost = footprint(compiled, arch)

@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,17 @@ TYPE_NAMES = {
 _SHARED_ADDRESS = re.compile(r"(?:mov\.[bu]32|add\.s32)\s+(%r\d+), (global_smem|%r\d+)(?:, (\d+))?;")
 _BARRIER = re.compile(r"mbarrier\.init\.shared(?:::cta)?\.b64 \[([^\]]*)\]")
 _MATRIX_INSTRUCTION = re.compile(r"\b(?:v_(wmma|mfma)|(wgmma)\.mma_async|(tcgen05)\.mma|(mma)\.sync)")
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """An argument of a type, in Triton's words, of which nothing is compiled in but that it is a multiple of 16, or
+    that it is the address of less than 2 GiB.
+    """
+
+    type: str
+    divisible: bool = False
+    within_2gib: bool = False
 
 
 class Footprint(NamedTuple):
@@ -66,6 +78,10 @@ def source_of(kernel: Any, arguments: Mapping[str, Any], arch: str) -> ASTSource
     def describe(path: tuple[int, ...], value: Any, parameter: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(describe((*path, i), item, parameter) for i, item in enumerate(value))
+        if isinstance(value, Unknown):
+            divisible, within = [["tt.divisibility", 16]], [["tt.pointer_range", 32]]
+            attributes[path] = divisible * value.divisible + within * value.within_2gib
+            return value.type
         looked_at = isinstance(value, int) and not isinstance(value, bool) and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (looked_at and value == 1):
             constexprs[path] = value

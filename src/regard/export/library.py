@@ -1,0 +1,169 @@
+"""Writes the C source of an exported library, and builds it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+import regard
+from regard.errors import ConfigError
+from regard.export.kernels import (
+    FEATURES,
+    SLOTS,
+    Kernel,
+    Variant,
+    architecture_order,
+    check_architectures,
+    compile_kernel,
+    parse_features,
+)
+
+HEADER, SOURCE, KERNELS = "regard_attention.h", "regard_attention.c", "regard_kernels.h"
+LIBRARY = "libregard_attention.so"
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""In the order of the header's numbers for them, from 1 on."""
+
+Progress = Callable[[str, int, int], None]
+"""Is told what is done, how much of it, and of how much."""
+
+
+def write(
+    folder: Path,
+    *,
+    archs: Sequence[str],
+    dtypes: Sequence[str] = ("float16", "bfloat16"),
+    head_dims: Sequence[tuple[int, int]] = ((64, 64), (128, 128)),
+    features: Sequence[str] = ("plain", "causal", "causal+kv_lens", "causal+paged", "mask"),
+    progress: Progress | None = None,
+) -> list[Kernel]:
+    """Compile a kernel for every combination, and write the C source of a library that has them.
+
+    Needs Triton, and no GPU. The folder then holds `HEADER`, `SOURCE` and `KERNELS`, the source's data.
+
+    Args:
+        folder: where to; made if it is not there.
+        archs: GPU architectures of one vendor, such as ``("sm80", "sm90")`` or ``("gfx1100",)``.
+        dtypes: of `DTYPES`.
+        head_dims: pairs of D and Dv.
+        features: for each kernel the features that a call must have, see `regard.export.kernels.FEATURES`.
+        progress: called for every kernel.
+
+    Returns:
+        the kernels.
+
+    Raises:
+        ConfigError: an argument is malformed.
+        UnsupportedError: the `flash` backend has reasons against such calls.
+    """
+    check_architectures(archs)
+    for name in dtypes:
+        if name not in DTYPES:
+            raise ConfigError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
+    wanted = [
+        (Variant(DTYPES[dtype], *dims, parse_features(each)), arch)
+        for arch in sorted(dict.fromkeys(archs), key=architecture_order)
+        for dtype in dict.fromkeys(dtypes)
+        for dims in dict.fromkeys(head_dims)
+        for each in dict.fromkeys(features)
+    ]
+    kernels = []
+    for done, (variant, arch) in enumerate(wanted, 1):
+        kernels.append(compile_kernel(variant, arch))
+        if progress is not None:
+            progress("compiling kernels", done, len(wanted))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (HEADER, SOURCE):
+        (folder / name).write_text(importlib.resources.files(__package__).joinpath(name).read_text())
+    (folder / KERNELS).write_text("\n".join(_data(kernels)) + "\n")
+    return kernels
+
+
+def build(folder: Path, compiler: str = "cc") -> Path:
+    """Build the shared library from what `write` wrote; returns its path.
+
+    Raises:
+        ConfigError: there is no such compiler.
+        RuntimeError: it failed, with what it said.
+    """
+    if shutil.which(compiler) is None:
+        raise ConfigError("compiler", repr(compiler), "a C compiler on the PATH")
+    library = folder / LIBRARY
+    command = [compiler, "-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", "-o", str(library)]
+    done = subprocess.run(  # noqa: S603 - the caller's compiler
+        [*command, str(folder / SOURCE), "-ldl", "-lm"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{compiler} failed on {folder / SOURCE}:\n{done.stderr}")
+    return library
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Of `DTYPES`."""
+    return next(name for name, each in DTYPES.items() if each == dtype)
+
+
+def _data(kernels: Sequence[Kernel]) -> Iterator[str]:
+    """The lines of `KERNELS`."""
+    versions = {"regard": regard.__version__, "triton": importlib.metadata.version("triton")}
+    archs = list(dict.fromkeys(kernel.arch for kernel in kernels))
+    yield f"/* Written by regard {versions['regard']} with Triton {versions['triton']}. */"
+    yield f"#define REGARD_HIP {int(archs[0].startswith('gfx'))}"
+    yield f"static const char architectures[] = {json.dumps(', '.join(archs))};"
+    yield f"static const char description[] = {json.dumps(json.dumps(_description(kernels, versions)))};"
+    yield f"static const char *const dtype_names[] = {{{_strings(['', *DTYPES])}}};"
+    yield f"static const char *const feature_names[] = {{{_strings(list(FEATURES))}}};"
+    yield f"enum {{{', '.join(f'FEATURE_{name} = {1 << bit}' for bit, name in enumerate(FEATURES))}}};"
+    yield f"enum {{{', '.join(f'SLOT_{name}' for name in SLOTS)}, SLOT_COUNT}};"
+    for i, kernel in enumerate(kernels):
+        yield f"static const unsigned char slots_{i}[] = {{{', '.join(f'SLOT_{name}' for name in kernel.slots)}}};"
+        yield f"static const unsigned char image_{i}[] = {{"
+        yield from (",".join(map(str, kernel.image[at : at + 40])) + "," for at in range(0, len(kernel.image), 40))
+        yield "};"
+    yield "static const struct kernel kernels[] = {"
+    for i, kernel in enumerate(kernels):
+        variant = kernel.variant
+        features = " | ".join(f"FEATURE_{name}" for name in variant.features) or "0"
+        dtype = 1 + list(DTYPES.values()).index(variant.dtype)
+        yield (
+            f'    {{.arch = "{kernel.arch}", .dtype = {dtype}, .head_dim = {variant.head_dim}, '
+            f".head_dim_v = {variant.head_dim_v}, .features = {features}, .strides_of = {kernel.strides_of}, "
+            f".most_bytes = {kernel.most_bytes}, .rows = {kernel.rows}, .threads = {kernel.threads}, "
+            f'.shared = {kernel.footprint.shared}, .name = "{kernel.name}", .image = image_{i}, .slots = slots_{i}, '
+            f".slot_count = {len(kernel.slots)}}},"
+        )
+    yield "};"
+
+
+def _strings(texts: Sequence[str]) -> str:
+    return ", ".join(map(json.dumps, texts))
+
+
+def _description(kernels: Sequence[Kernel], versions: dict[str, str]) -> dict[str, object]:
+    """What `regard_description` returns."""
+    return {
+        **versions,
+        "kernels": [
+            {
+                "arch": kernel.arch,
+                "dtype": name_of(kernel.variant.dtype),
+                "head_dim": kernel.variant.head_dim,
+                "head_dim_v": kernel.variant.head_dim_v,
+                "features": list(kernel.variant.features),
+                "queries_per_program": kernel.rows,
+                "threads": kernel.threads,
+                "registers": kernel.footprint.registers,
+                "spilled_bytes": kernel.footprint.spills,
+                "shared_bytes": kernel.footprint.shared,
+                "strides_of": kernel.strides_of,
+            }
+            for kernel in kernels
+        ],
+    }

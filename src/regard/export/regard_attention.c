@@ -1,0 +1,467 @@
+/* Checks a call, picks its kernel, launches it. See regard_attention.h; `regard export` wrote the kernels beside this. */
+#include "regard_attention.h"
+
+#include <dlfcn.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A compiled kernel, what calls it serves, and how it is launched. */
+struct kernel {
+    const char *arch;
+    int dtype, head_dim, head_dim_v;
+    unsigned features;   /* exactly those that a call has */
+    int strides_of;      /* what strides of q, k, v and out are multiples of */
+    int64_t most_bytes;  /* that q, k, v, out, mask or bias may span; 0 is no limit */
+    int rows;            /* queries of one program */
+    unsigned threads, shared;
+    const char *name;
+    const unsigned char *image;
+    const unsigned char *slots; /* where each of its parameters is found */
+    int slot_count;
+};
+
+#include "regard_kernels.h"
+
+enum { KERNEL_COUNT = sizeof kernels / sizeof *kernels, FEATURE_COUNT = sizeof feature_names / sizeof *feature_names };
+
+union value {
+    const void *pointer;
+    int64_t i64;
+    int32_t i32;
+    float fp32;
+};
+
+/* The functions of libcuda, or of libamdhip64, that this needs: all but the last have the same arguments in both. */
+struct driver {
+    int (*load)(void **module, const void *image);
+    int (*unload)(void *module);
+    int (*function)(void **function, void *module, const char *name);
+    int (*launch)(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                  unsigned block_z, unsigned shared, void *stream, void **parameters, void **extra);
+#if REGARD_HIP
+    const char *(*error_string)(int error);
+#else
+    int (*initialize)(unsigned flags);
+    int (*set_attribute)(void *function, int attribute, int value);
+    int (*error_string)(int error, const char **text);
+#endif
+};
+
+struct regard_library {
+    struct driver driver;
+    const char *arch;
+    void *modules[KERNEL_COUNT]; /* null where a kernel is for another architecture */
+    void *functions[KERNEL_COUNT];
+};
+
+static _Thread_local char last_error[1024];
+
+static int refuse(int status, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(last_error, sizeof last_error, format, arguments);
+    va_end(arguments);
+    return status;
+}
+
+#define NEEDS(holds, ...)                                           \
+    do {                                                            \
+        if (!(holds)) return refuse(REGARD_INVALID, __VA_ARGS__);   \
+    } while (0)
+
+const char *regard_last_error(void) { return last_error; }
+
+const char *regard_description(void) { return description; }
+
+/* --- the driver */
+
+static int driver_error(const struct driver *driver, const char *what, int error) {
+    const char *text = NULL;
+#if REGARD_HIP
+    text = driver->error_string(error);
+#else
+    driver->error_string(error, &text);
+#endif
+    return refuse(REGARD_DRIVER, "%s: error %d of the driver, %s", what, error, text ? text : "which it has no text for");
+}
+
+static int find_driver(struct driver *driver) {
+#if REGARD_HIP
+    static const char *const files[] = {"libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6"};
+#else
+    static const char *const files[] = {"libcuda.so.1", "libcuda.so"};
+#endif
+    struct {
+        const char *name;
+        void *place;
+    } wanted[] = {
+#if REGARD_HIP
+        {"hipModuleLoadData", &driver->load},
+        {"hipModuleUnload", &driver->unload},
+        {"hipModuleGetFunction", &driver->function},
+        {"hipModuleLaunchKernel", &driver->launch},
+        {"hipGetErrorString", &driver->error_string},
+#else
+        {"cuModuleLoadData", &driver->load},
+        {"cuModuleUnload", &driver->unload},
+        {"cuModuleGetFunction", &driver->function},
+        {"cuLaunchKernel", &driver->launch},
+        {"cuGetErrorString", &driver->error_string},
+        {"cuInit", &driver->initialize},
+        {"cuFuncSetAttribute", &driver->set_attribute},
+#endif
+    };
+    void *file = NULL;
+    for (size_t i = 0; file == NULL && i < sizeof files / sizeof *files; i++) file = dlopen(files[i], RTLD_NOW | RTLD_LOCAL);
+    if (file == NULL) return refuse(REGARD_DRIVER, "%s: not found, or not loaded: %s", files[0], dlerror());
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+        void *found = dlsym(file, wanted[i].name);
+        if (found == NULL) return refuse(REGARD_DRIVER, "%s: has no %s", files[0], wanted[i].name);
+        memcpy(wanted[i].place, &found, sizeof found); /* ISO C has no cast from an object's address to a function's */
+    }
+    return REGARD_OK;
+}
+
+/* Whether an error says that a kernel is for another device. */
+static int is_of_another_device(int error) {
+    enum { INVALID_IMAGE = 200, NO_BINARY_FOR_GPU = 209 };
+    return error == INVALID_IMAGE || error == NO_BINARY_FOR_GPU;
+}
+
+static int load_kernel(regard_library *library, int index) {
+    const struct kernel *kernel = &kernels[index];
+    const struct driver *driver = &library->driver;
+    int error = driver->function(&library->functions[index], library->modules[index], kernel->name);
+    if (error) return driver_error(driver, kernel->name, error);
+#if !REGARD_HIP
+    enum { MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
+    error = driver->set_attribute(library->functions[index], MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)kernel->shared);
+    if (error) return driver_error(driver, "shared memory of a kernel", error);
+#endif
+    return REGARD_OK;
+}
+
+/* The kernels of the first architecture that the device takes one of. */
+static int load_kernels(regard_library *library) {
+    const struct driver *driver = &library->driver;
+    const char *refused = "";
+    for (int i = 0; i < KERNEL_COUNT; i++) {
+        const char *arch = kernels[i].arch;
+        if (strcmp(arch, refused) == 0 || (library->arch != NULL && strcmp(arch, library->arch) != 0)) continue;
+        int error = driver->load(&library->modules[i], kernels[i].image);
+        if (error && library->arch == NULL && is_of_another_device(error)) {
+            library->modules[i] = NULL;
+            refused = arch;
+            continue;
+        }
+        if (error) {
+            library->modules[i] = NULL;
+            return driver_error(driver, "loading a kernel", error);
+        }
+        library->arch = arch;
+        int status = load_kernel(library, i);
+        if (status) return status;
+    }
+    if (library->arch == NULL) return refuse(REGARD_UNSUPPORTED, "arch: no kernel is for this device; needs one of %s", architectures);
+    return REGARD_OK;
+}
+
+int regard_open(regard_library **library) {
+    NEEDS(library != NULL, "library: got null, needs where to put the library");
+    *library = NULL;
+    regard_library *opened = calloc(1, sizeof *opened);
+    if (opened == NULL) return refuse(REGARD_DRIVER, "library: out of memory");
+    int status = find_driver(&opened->driver);
+#if !REGARD_HIP
+    if (!status) {
+        int error = opened->driver.initialize(0);
+        if (error) status = driver_error(&opened->driver, "cuInit", error);
+    }
+#endif
+    if (!status) status = load_kernels(opened);
+    if (status) {
+        regard_close(opened);
+    } else {
+        *library = opened;
+    }
+    return status;
+}
+
+void regard_close(regard_library *library) {
+    if (library == NULL) return;
+    for (int i = 0; i < KERNEL_COUNT; i++) {
+        if (library->modules[i] != NULL) library->driver.unload(library->modules[i]);
+    }
+    free(library);
+}
+
+/* --- what a call is */
+
+void regard_attention_args_init(regard_attention_args *args) {
+    memset(args, 0, sizeof *args);
+    args->struct_size = sizeof *args;
+    args->window_left = args->window_right = -1;
+}
+
+static unsigned features_of(const regard_attention_args *args) {
+    unsigned features = 0;
+    if (args->window_left >= 0) {
+        features |= FEATURE_window;
+    } else if (args->causal || args->window_right >= 0) {
+        features |= FEATURE_causal;
+    }
+    if (args->mask) features |= FEATURE_mask;
+    if (args->bias) features |= FEATURE_bias;
+    if (args->softcap > 0) features |= FEATURE_softcap;
+    if (args->alibi_slopes) features |= FEATURE_alibi;
+    if (args->sinks) features |= FEATURE_sinks;
+    if (args->cu_seqlens_q) features |= FEATURE_varlen;
+    if (args->block_table) {
+        features |= FEATURE_paged;
+    } else if (args->kv_lens) {
+        features |= FEATURE_kv_lens;
+    }
+    return features;
+}
+
+/* A kernel's or a call's kind in words: "float16 head_dim 128 causal sinks". */
+static void describe(char *text, size_t size, int dtype, int head_dim, int head_dim_v, unsigned features) {
+    int length = snprintf(text, size, "%s head_dim %d", dtype_names[dtype], head_dim);
+    if (head_dim_v != head_dim) length += snprintf(text + length, size - (size_t)length, " head_dim_v %d", head_dim_v);
+    for (int i = 0; i < FEATURE_COUNT; i++) {
+        if (features >> i & 1) length += snprintf(text + length, size - (size_t)length, " %s", feature_names[i]);
+    }
+}
+
+static int dim_v_of(const regard_attention_args *args) { return args->head_dim_v ? args->head_dim_v : args->head_dim; }
+
+static int find_kernel(const regard_library *library, const regard_attention_args *args, int *index) {
+    unsigned features = features_of(args);
+    for (*index = 0; *index < KERNEL_COUNT; ++*index) {
+        const struct kernel *kernel = &kernels[*index];
+        if (library->functions[*index] != NULL && kernel->dtype == args->dtype && kernel->head_dim == args->head_dim &&
+            kernel->head_dim_v == dim_v_of(args) && kernel->features == features)
+            return REGARD_OK;
+    }
+    char wanted[192];
+    describe(wanted, sizeof wanted, args->dtype, args->head_dim, dim_v_of(args), features);
+    int length = snprintf(last_error, sizeof last_error, "kernel: got a call of %s, needs one of", wanted);
+    const char *separator = "";
+    for (int i = 0; i < KERNEL_COUNT && length < (int)sizeof last_error; i++) {
+        if (library->functions[i] == NULL) continue;
+        char kind[192];
+        describe(kind, sizeof kind, kernels[i].dtype, kernels[i].head_dim, kernels[i].head_dim_v, kernels[i].features);
+        length += snprintf(last_error + length, sizeof last_error - (size_t)length, "%s %s", separator, kind);
+        separator = ",";
+    }
+    return REGARD_UNSUPPORTED;
+}
+
+/* --- what is wrong with a call */
+
+static int check_sizes(const regard_attention_args *args) {
+    NEEDS(args->struct_size == sizeof *args, "struct_size: got %zu, needs %zu: call regard_attention_args_init",
+          args->struct_size, sizeof *args);
+    NEEDS(args->dtype >= REGARD_FLOAT16 && args->dtype <= REGARD_FLOAT32, "dtype: got %d, needs REGARD_FLOAT16, ...", args->dtype);
+    NEEDS(args->batch >= 0, "batch: got %d, needs at least 0", args->batch);
+    NEEDS(args->seqlen_q >= 0, "seqlen_q: got %d, needs at least 0", args->seqlen_q);
+    NEEDS(args->seqlen_k >= 0, "seqlen_k: got %d, needs at least 0", args->seqlen_k);
+    NEEDS(args->heads_q > 0, "heads_q: got %d, needs at least 1", args->heads_q);
+    NEEDS(args->heads_kv > 0 && args->heads_q % args->heads_kv == 0, "heads_kv: got %d, needs a divisor of heads_q %d",
+          args->heads_kv, args->heads_q);
+    NEEDS(args->head_dim > 0, "head_dim: got %d, needs at least 1", args->head_dim);
+    NEEDS(args->head_dim_v >= 0, "head_dim_v: got %d, needs at least 1, or 0 for head_dim", args->head_dim_v);
+    NEEDS((int64_t)args->seqlen_q + args->seqlen_k < INT32_MAX - 1024, "seqlen_q, seqlen_k: got %d and %d, needs less than 2**31 together",
+          args->seqlen_q, args->seqlen_k);
+    return REGARD_OK;
+}
+
+static int check_semantics(const regard_attention_args *args) {
+    float most = args->dtype == REGARD_FLOAT32 ? 128.0f : 4096.0f; /* the kernels' tanh is too coarse beyond */
+    NEEDS(isfinite(args->softmax_scale) && args->softmax_scale >= 0,
+          "softmax_scale: got %g, needs a positive number, or 0 for head_dim ** -0.5", (double)args->softmax_scale);
+    NEEDS(args->softcap == 0 || (args->softcap >= 1e-6f && args->softcap <= most), "softcap: got %g, needs 0 or 1e-06 to %g",
+          (double)args->softcap, (double)most);
+    NEEDS(args->window_left >= -1, "window_left: got %d, needs at least 0, or -1 for no limit", args->window_left);
+    NEEDS(args->window_right >= -1, "window_right: got %d, needs at least 0, or -1 for no limit", args->window_right);
+    NEEDS(!args->cu_seqlens_q == !args->cu_seqlens_k, "cu_seqlens_q, cu_seqlens_k: got one, needs both or neither");
+    if (args->cu_seqlens_q) {
+        NEEDS(!args->kv_lens && !args->block_table, "kv_lens, block_table: got one together with cu_seqlens, needs one or the other");
+        NEEDS(!args->mask && !args->bias, "mask, bias: got one together with cu_seqlens, needs none");
+        NEEDS(args->total_q >= 0, "total_q: got %d, needs at least 0", args->total_q);
+        NEEDS(args->total_k >= 0, "total_k: got %d, needs at least 0", args->total_k);
+    }
+    if (args->block_table) {
+        NEEDS(args->kv_lens, "kv_lens: got null, needs the lengths of sequences in pages");
+        NEEDS(args->page_size > 0, "page_size: got %d, needs at least 1", args->page_size);
+        NEEDS(args->num_pages > 0, "num_pages: got %d, needs at least 1", args->num_pages);
+        NEEDS(args->block_table_stride >= 0, "block_table_stride: got %lld, needs at least 0", (long long)args->block_table_stride);
+    }
+    NEEDS(args->alibi_batch_stride >= 0, "alibi_batch_stride: got %lld, needs at least 0", (long long)args->alibi_batch_stride);
+    return REGARD_OK;
+}
+
+/* A tensor of (batch, rows, heads, row_length) with the first three strides. */
+struct layout {
+    const char *name;
+    const void *address;
+    const int64_t *strides;
+    int64_t batch, rows, heads, row_length;
+    int strides_of, row; /* what strides are multiples of; which of them is the rows' */
+};
+
+/* Rows further apart would take 32-bit offsets inside a tile too far. */
+enum { MOST_ROW_STRIDE = INT32_MAX / 256 - 1, ALIGNMENT = 16 };
+
+static int check_layout(const struct layout *tensor, int64_t most_bytes, int itemsize) {
+    NEEDS(tensor->address != NULL, "%s: got null, needs an address", tensor->name);
+    NEEDS((uintptr_t)tensor->address % ALIGNMENT == 0, "%s: got an address that is no multiple of %d", tensor->name, ALIGNMENT);
+    const int64_t sizes[] = {tensor->batch, tensor->row == 1 ? tensor->rows : tensor->heads, tensor->row == 1 ? tensor->heads : tensor->rows};
+    double last = (double)tensor->row_length;
+    for (int i = 0; i < 3; i++) {
+        long long stride = tensor->strides[i];
+        if (sizes[i] < 2) continue;
+        NEEDS(stride >= 0 && stride % tensor->strides_of == 0, "%s_strides[%d]: got %lld, needs a multiple of %d", tensor->name, i,
+              stride, tensor->strides_of);
+        NEEDS(i != tensor->row || stride <= MOST_ROW_STRIDE, "%s_strides[%d]: got %lld, needs at most %d", tensor->name, i, stride,
+              MOST_ROW_STRIDE);
+        last += (double)(sizes[i] - 1) * (double)stride;
+    }
+    if (most_bytes && last * itemsize > (double)most_bytes)
+        return refuse(REGARD_UNSUPPORTED, "%s: got %.0f bytes from its first to its last element, needs at most %lld", tensor->name,
+                      last * itemsize, (long long)most_bytes);
+    return REGARD_OK;
+}
+
+static int itemsize_of(int dtype) { return dtype == REGARD_FLOAT32 ? 4 : 2; }
+
+static int check_tensors(const regard_attention_args *args, const struct kernel *kernel) {
+    int64_t batch = args->batch, rows = args->seqlen_q, keys = args->seqlen_k, pages = batch;
+    int packed = args->cu_seqlens_q != NULL;
+    if (packed) batch = pages = 1, rows = args->total_q, keys = args->total_k;
+    if (args->block_table) pages = args->num_pages, keys = args->page_size;
+    int of = kernel->strides_of;
+    const struct layout tensors[] = {
+        {"q", args->q, args->q_strides, batch, rows, args->heads_q, args->head_dim, of, 1},
+        {"out", args->out, args->out_strides, batch, rows, args->heads_q, dim_v_of(args), of, 1},
+        {"k", args->k, args->k_strides, pages, keys, args->heads_kv, args->head_dim, of, 1},
+        {"v", args->v, args->v_strides, pages, keys, args->heads_kv, dim_v_of(args), of, 1},
+        {"mask", args->mask, args->mask_strides, batch, rows, args->heads_q, args->seqlen_k, 16, 2},
+        {"bias", args->bias, args->bias_strides, batch, rows, args->heads_q, args->seqlen_k, 16, 2},
+    };
+    for (int i = 0; i < 6; i++) {
+        if (i >= 2 && keys == 0) break; /* nothing of them is read */
+        if (i >= 4 && tensors[i].address == NULL) continue;
+        int status = check_layout(&tensors[i], kernel->most_bytes, i == 4 ? 1 : itemsize_of(args->dtype));
+        if (status) return status;
+    }
+    NEEDS(args->lse != NULL, "lse: got null, needs an address");
+    return REGARD_OK;
+}
+
+/* The number of programs of a call, or 0 where it writes nothing. */
+static int64_t programs_of(const regard_attention_args *args, const struct kernel *kernel) {
+    if (args->cu_seqlens_q && args->total_q == 0) return 0;
+    int64_t blocks = ((int64_t)args->seqlen_q + kernel->rows - 1) / kernel->rows;
+    return blocks * args->batch * args->heads_q;
+}
+
+/* Check a call and find its kernel. */
+static int prepare(const regard_library *library, const regard_attention_args *args, int *index) {
+    NEEDS(library != NULL, "library: got null, needs one that regard_open made");
+    NEEDS(args != NULL, "args: got null, needs a call");
+    int status = check_sizes(args);
+    if (!status) status = check_semantics(args);
+    if (!status) status = find_kernel(library, args, index);
+    if (status || programs_of(args, &kernels[*index]) == 0) return status;
+    NEEDS(args->batch <= INT32_MAX / args->heads_q && programs_of(args, &kernels[*index]) <= INT32_MAX,
+          "batch, heads_q, seqlen_q: got %d, %d and %d, needs fewer blocks of %d queries than 2**31", args->batch, args->heads_q,
+          args->seqlen_q, kernels[*index].rows);
+    return check_tensors(args, &kernels[*index]);
+}
+
+int regard_attention_check(const regard_library *library, const regard_attention_args *args) {
+    int index;
+    return prepare(library, args, &index);
+}
+
+/* --- launching it */
+
+static int32_t bounded(int32_t side, int64_t reach) { return side < 0 || side > reach ? (int32_t)reach : side; }
+
+static void fill(const regard_attention_args *args, union value *values) {
+    int packed = args->cu_seqlens_q != NULL;
+    int64_t lse_row = packed ? args->total_q : args->seqlen_q;
+    int64_t reach = (int64_t)args->seqlen_q + args->seqlen_k; /* a side of the band as far bounds nothing */
+    int32_t right = bounded(args->window_right, reach);
+
+    values[SLOT_q_ptr].pointer = args->q;
+    values[SLOT_k_ptr].pointer = args->k;
+    values[SLOT_v_ptr].pointer = args->v;
+    values[SLOT_out_ptr].pointer = args->out;
+    values[SLOT_lse_ptr].pointer = args->lse;
+    values[SLOT_mask_ptr].pointer = args->mask;
+    values[SLOT_bias_ptr].pointer = args->bias;
+    values[SLOT_alibi_ptr].pointer = args->alibi_slopes;
+    values[SLOT_sinks_ptr].pointer = args->sinks;
+    values[SLOT_cu_seqlens_q_ptr].pointer = args->cu_seqlens_q;
+    values[SLOT_cu_seqlens_k_ptr].pointer = args->cu_seqlens_k;
+    values[SLOT_kv_lens_ptr].pointer = args->kv_lens;
+    values[SLOT_block_table_ptr].pointer = args->block_table;
+
+    values[SLOT_q_strides_0].i64 = packed ? 0 : args->q_strides[0];
+    values[SLOT_q_strides_1].i32 = (int32_t)args->q_strides[1];
+    values[SLOT_q_strides_2].i64 = args->q_strides[2];
+    values[SLOT_k_strides_0].i64 = packed ? 0 : args->k_strides[0];
+    values[SLOT_k_strides_1].i32 = (int32_t)args->k_strides[1];
+    values[SLOT_k_strides_2].i64 = args->k_strides[2];
+    values[SLOT_v_strides_0].i64 = packed ? 0 : args->v_strides[0];
+    values[SLOT_v_strides_1].i32 = (int32_t)args->v_strides[1];
+    values[SLOT_v_strides_2].i64 = args->v_strides[2];
+    values[SLOT_out_strides_0].i64 = packed ? 0 : args->out_strides[0];
+    values[SLOT_out_strides_1].i32 = (int32_t)args->out_strides[1];
+    values[SLOT_out_strides_2].i64 = args->out_strides[2];
+    values[SLOT_lse_strides_0].i64 = packed ? 0 : lse_row * args->heads_q;
+    values[SLOT_lse_strides_1].i64 = lse_row;
+    values[SLOT_mask_strides_0].i64 = args->mask_strides[0];
+    values[SLOT_mask_strides_1].i64 = args->mask_strides[1];
+    values[SLOT_mask_strides_2].i32 = (int32_t)args->mask_strides[2];
+    values[SLOT_bias_strides_0].i64 = args->bias_strides[0];
+    values[SLOT_bias_strides_1].i64 = args->bias_strides[1];
+    values[SLOT_bias_strides_2].i32 = (int32_t)args->bias_strides[2];
+    values[SLOT_alibi_strides_0].i64 = args->alibi_batch_stride;
+    values[SLOT_block_table_stride].i64 = args->block_table_stride;
+
+    values[SLOT_heads_q].i32 = args->heads_q;
+    values[SLOT_group].i32 = args->heads_q / args->heads_kv;
+    values[SLOT_seqlen_q].i32 = args->seqlen_q;
+    values[SLOT_seqlen_k].i32 = args->seqlen_k;
+    values[SLOT_total_q].i32 = args->total_q;
+    values[SLOT_total_k].i32 = args->total_k;
+    values[SLOT_readable_k].i32 = (args->seqlen_k + 15) / 16 * 16;
+    values[SLOT_page_size].i32 = args->page_size;
+    values[SLOT_softmax_scale].fp32 = args->softmax_scale > 0 ? args->softmax_scale : 1.0f / sqrtf((float)args->head_dim);
+    values[SLOT_softcap].fp32 = args->softcap;
+    values[SLOT_window_left].i32 = bounded(args->window_left, reach);
+    values[SLOT_window_right].i32 = args->causal ? 0 : right;
+    values[SLOT_scratch].pointer = NULL;
+}
+
+int regard_attention_forward(const regard_library *library, const regard_attention_args *args, void *stream) {
+    int index;
+    int status = prepare(library, args, &index);
+    if (status) return status;
+    const struct kernel *kernel = &kernels[index];
+    int64_t programs = programs_of(args, kernel);
+    if (programs == 0) return REGARD_OK;
+    union value values[SLOT_COUNT];
+    void *parameters[SLOT_COUNT + 2];
+    fill(args, values);
+    for (int i = 0; i < kernel->slot_count; i++) parameters[i] = &values[kernel->slots[i]];
+    int error = library->driver.launch(library->functions[index], (unsigned)programs, 1, 1, kernel->threads, 1, 1, kernel->shared,
+                                       stream, parameters, NULL);
+    return error ? driver_error(&library->driver, "launching the kernel", error) : REGARD_OK;
+}

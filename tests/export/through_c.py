@@ -1,0 +1,151 @@
+"""Conformance cases through the C library of a folder, in a process of their own: its driver is `fake_driver.c`, which
+hands launches back to here, and Triton's interpreter runs the kernels on exactly what the C code gave as parameters.
+
+Reads JSON, the arguments of `cases` or of `calls`, and prints as JSON what that returns.
+"""
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+
+import conftest  # noqa: F401 - teaches the interpreter bfloat16
+import torch
+from library import F32, I32, I64, OK, Args, ExportedBackend, Library
+
+import regard
+from regard.backends import flash
+from regard.backends.padded_rows import with_padded_rows
+from regard.export import kernels as exported
+from regard.export.cross_compile import meta_inputs
+from regard.testing import CASES, check_forward
+
+CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_void_p),
+)  # fmt: skip
+
+
+STRIDES = {
+    **dict.fromkeys(("q_strides", "k_strides", "v_strides", "out_strides"), (I64, I32, I64)),
+    **dict.fromkeys(("mask_strides", "bias_strides"), (I64, I64, I32)),
+    "alibi_strides": (I64,),
+}
+
+
+class Device:
+    """What the fake driver's launches run on."""
+
+    def __init__(self, library, backend):
+        self.description = json.loads(library.c.regard_description())["kernels"]
+        self.backend, self.launches, self.failure = backend, 0, None
+
+    def launch(self, module, name, programs, threads, shared, stream, parameters):
+        try:
+            self.run(self.description[module], programs, threads, parameters)
+        except Exception as error:
+            self.failure = repr(error)
+            return 999
+        self.launches += 1
+        return 0
+
+    def run(self, described, programs, threads, parameters):
+        assert threads == described["threads"]
+        variant = exported.Variant(
+            getattr(torch, described["dtype"]), described["head_dim"], described["head_dim_v"],
+            tuple(described["features"]),
+        )  # fmt: skip
+        config = variant.config(described["arch"])
+        inputs = with_padded_rows(meta_inputs(config))
+        launch = flash.forward_launch(config, inputs, *exported._results(inputs), by_tma=False)
+        addresses = iter(parameters[i] for i in range(99))
+        arguments = {name: self.read(name, value, addresses) for name, value in launch.arguments.items()}
+        launch.kernel[(programs,)](**arguments)
+
+    def read(self, name, value, addresses):
+        """An argument from where the parameters are: what is no constant of the kernel, in its order, as C's types."""
+        if name.isupper() or value is None:
+            return value
+        if name in STRIDES:
+            return *(kind.from_address(next(addresses)).value for kind in STRIDES[name]), 1
+        if isinstance(value, torch.Tensor):
+            return self.tensor(ctypes.c_void_p.from_address(next(addresses)).value)
+        if name == "lse_strides":
+            return tuple(I64.from_address(next(addresses)).value for _ in range(2))
+        kind = F32 if isinstance(value, float) else I64 if name == "block_table_stride" else I32
+        return kind.from_address(next(addresses)).value
+
+    def tensor(self, address):
+        inputs, *others = self.backend.kept
+        for tensor in (*inputs, *others):
+            if tensor is not None and tensor.data_ptr() == address:
+                return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+        raise AssertionError("the C code gave an address that is no tensor's")
+
+
+def opened(folder):
+    """The library of a folder, and a fake driver of the kind that it wants."""
+    (path,) = [*folder.glob("libcuda*"), *folder.glob("libamdhip*")]
+    driver = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    return Library(folder / "libregard_attention.so"), driver
+
+
+def cases(folder, dtype, names):
+    """For each case None, or what is wrong."""
+    library, driver = opened(folder)
+    backend = ExportedBackend(library)
+    device = Device(library, backend)
+    callback = CALLBACK(device.launch)
+    driver.fake_driver(callback, 0, 0)
+    assert library.open() == OK, library.error
+    regard.register(backend)
+    found = {}
+    for case in CASES:
+        if case.name in names:
+            before = device.launches
+            try:
+                check_forward("exported", case, "cpu", getattr(torch, dtype))
+                assert device.launches == before + 1, f"{device.launches - before} launches"
+                found[case.name] = None
+            except Exception as error:
+                found[case.name] = f"{error!r} {device.failure or ''}"
+    library.close()
+    return {**found, "still loaded": driver.fake_loaded()}
+
+
+def calls(folder, overrides, refused=0):
+    """For each call, a plain one with other fields, what it returns, says, and whether it launched, with a driver that
+    refuses the first images; then the failures of one that refuses all, and of one that refuses launches."""
+    library, driver = opened(folder)
+    launched = []
+    callback = CALLBACK(lambda *said: launched.append(said) or 0)
+    driver.fake_driver(callback, refused, 0)
+    assert library.open() == OK, library.error
+    found = []
+    for fields in overrides:
+        before = len(launched)
+        args = library.args(**{**PLAIN, **fields})
+        checked, forward = library.check(args), library.forward(args)
+        assert checked == forward or forward[0] == OK == checked[0]
+        found.append((*forward, len(launched) - before))
+    library.close()
+    failures = []
+    for images, error in ((99, 0), (0, 1)):
+        driver.fake_driver(callback, images, error)
+        status = library.open()
+        failures.append((status, library.error) if status else library.forward(library.args(**PLAIN)))
+        library.close()
+    return {"calls": found, "failures": failures, "size": library.args().struct_size, "expected": ctypes.sizeof(Args)}
+
+
+PLAIN = dict(
+    dtype=1, batch=2, seqlen_q=100, seqlen_k=200, heads_q=6, heads_kv=2, head_dim=32,
+    q=1 << 20, k=1 << 20, v=1 << 20, out=1 << 20, lse=1 << 20,
+    q_strides=(19200, 192, 32), k_strides=(12800, 64, 32), v_strides=(12800, 64, 32), out_strides=(19200, 192, 32),
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+    asked = json.load(sys.stdin)
+    folder = Path(asked.pop("folder"))
+    print(json.dumps(cases(folder, **asked) if "names" in asked else calls(folder, **asked)))
