@@ -1,17 +1,18 @@
 """How long a call takes, how much memory it takes, and what the machine could do at best, all measured.
 
-Implementations of a workload are timed in turns, a round each, so that a clock that drops or another program that
-starts hits all of them; ratios are taken round by round. Rounds go on until the median is known well
+Implementations of a workload are timed in turns, a round each, by the same timer, so that a clock that drops or another
+program that starts hits all of them; ratios are taken round by round. Rounds go on until the median is known well
 enough or time is up. How well it is known is judged by rounds: what is timed in one shares the clock of its moment.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +25,10 @@ _Z = 1.96  # of the normal distribution at that confidence
 LOW, HIGH = 0.2, 0.8  # quantiles that rows give beside the median
 SECONDS = {"cpu": 0.25, "cuda": 1.0}
 """Of measuring an implementation at most, unless told otherwise: a GPU at its power limit needs many rounds."""
-_MIN_ROUNDS = 5
+_WARM_UP = {"cpu": 0.0, "cuda": 0.2}  # seconds at most: a GPU comes cool, at another clock, from what was done before
+_MIN_ROUNDS = 10  # before an early stop: the interval of five is their range, which is small by chance now and then
 _ROUND = 20e-3  # seconds at most, on a GPU: short, so that a clock that swings is met at many moments
-_SHORT = 100e-6  # seconds; shorter kernels are timed by replaying a graph of several, if they can be captured
+_SHORT = 100e-6  # seconds; if a kernel of a workload is shorter, graphs of several calls are replayed
 _QUEUE = 256  # calls put on the GPU's queue at once; it holds about a thousand launches
 _FLUSH_BYTES = 512 << 20  # larger than any L2 cache
 
@@ -39,7 +41,9 @@ class Settings:
         seconds: of measuring for each implementation of a workload, at most; warm-up is not counted. None: `SECONDS`.
         precision: stop earlier once the 95 % confidence interval of every median is within this fraction of it.
         flush_l2: empty the GPU's cache before every call.
-        timer: ``"events"``, ``"graph"`` (CUDA-graph replay) or ``"auto"``: graphs for calls below 100 µs.
+        timer: ``"events"``, ``"graph"`` (CUDA-graph replay) or ``"auto"``: graphs where the fastest call of a workload
+            takes less than 100 µs. It is the same for all of a workload: one that cannot be captured is timed by
+            events, and the others with it.
     """
 
     seconds: float | None = None
@@ -97,14 +101,15 @@ def time_together(runs: Mapping[str, Run], device: torch.device, settings: Setti
         settings: see `Settings`.
     """
     seconds = SECONDS[device.type] if settings.seconds is None else settings.seconds
-    per_round = min(_ROUND, seconds / (2 * _MIN_ROUNDS))
-    samplers = {name: _sampler(run, device, settings, per_round) for name, run in runs.items()}
+    samplers = _samplers(runs, device, settings, per_round=min(_ROUND, seconds / _MIN_ROUNDS))
     timings = {name: Timing(sampler.timer) for name, sampler in samplers.items()}
-    order = list(samplers)
-    deadline = time.perf_counter() + seconds * len(order)
-    for number in range(10_000):
-        for name in order if number % 2 == 0 else reversed(order):
-            taken = samplers[name].sample()
+    turns = _turns(samplers)
+    warm_at = time.perf_counter() + min(_WARM_UP[device.type], seconds / 2)
+    while time.perf_counter() < warm_at:
+        next(turns)
+    deadline = time.perf_counter() + seconds * len(samplers)
+    for turn in itertools.islice(turns, 10_000):
+        for name, taken in turn.items():
             timings[name].samples += taken
             timings[name].rounds.append(statistics.median(taken))
         if time.perf_counter() > deadline or all(t.is_precise(settings.precision) for t in timings.values()):
@@ -123,19 +128,29 @@ def _quantile(values: Sequence[float], fraction: float) -> float:
     return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
 
 
-def _sampler(
-    run: Run, device: torch.device, settings: Settings, per_round: float
-) -> _WallClock | _Events | _GraphReplay:
+_Samplers = Mapping[str, "_WallClock | _Events | _GraphReplay"]
+
+
+def _samplers(runs: Mapping[str, Run], device: torch.device, settings: Settings, per_round: float) -> _Samplers:
+    """Of one kind for all: times by different timers do not compare."""
     if device.type != "cuda":
-        return _WallClock(run)
-    events = _Events(run, settings.flush_l2, per_round)
-    wanted = settings.timer == "graph" or (settings.timer == "auto" and events.estimate < _SHORT)
-    if wanted and not settings.flush_l2:
-        try:
-            return _GraphReplay(run, events.estimate, per_round)
-        except Exception:  # what cannot be captured (it synchronises, or plans on the host) is timed by events
-            torch.cuda.synchronize()
-    return events
+        return {name: _WallClock(run) for name, run in runs.items()}
+    events = {name: _Events(run, settings.flush_l2, per_round) for name, run in runs.items()}
+    short = min(each.estimate for each in events.values()) < _SHORT
+    if settings.flush_l2 or not (settings.timer == "graph" or (settings.timer == "auto" and short)):
+        return events
+    try:
+        return {name: _GraphReplay(run, events[name].estimate, per_round) for name, run in runs.items()}
+    except Exception:  # one cannot be captured (it synchronises, or plans on the host)
+        torch.cuda.synchronize()
+        return events
+
+
+def _turns(samplers: _Samplers) -> Iterator[dict[str, list[float]]]:
+    """The samples of a round of each, back and forth, without end."""
+    order = list(samplers)
+    for names in itertools.cycle([order, order[::-1]]):
+        yield {name: samplers[name].sample() for name in names}
 
 
 class _WallClock:
@@ -163,36 +178,48 @@ class _WallClock:
 
 
 class _Events:
-    """Device events around every call. The GPU first sleeps while the host puts the calls on its queue, so that the
-    time the host needs for a call does not count.
+    """Device events around every call. The GPU first sleeps while the host gets ahead with putting calls on its queue,
+    so that the time the host needs for a call does not count.
     """
 
     timer = "events"
+    _MARGIN = 1.5  # by which the host may be slower than when it was measured
+    _LONGEST_SLEEP = 0.05
 
     def __init__(self, run: Run, flush_l2: bool, per_round: float) -> None:
         self._run = run
         self._flush = _flush_buffer() if flush_l2 else None
-        started = time.perf_counter()
-        run()
-        self._host = time.perf_counter() - started
-        torch.cuda.synchronize()
+        self._per_round = per_round
+        self._host = host_seconds(lambda: self._queue(_event(), _event()), torch.device("cuda"), math.inf)
+        self._cycles_per_second = _cycles_per_second()
+        self.estimate = 0.0  # not known yet: the GPU sleeps until the host has put all calls on the queue
         self.estimate = statistics.median(self._batch(3))
-        self._calls = max(1, min(_QUEUE, int(per_round / max(self.estimate, 1e-6))))
+        self.estimate = statistics.median(self.sample())  # three calls are few to choose a timer by
 
     def sample(self) -> list[float]:
-        return self._batch(self._calls)
+        return self._batch(max(1, min(_QUEUE, int(self._per_round / max(self.estimate, 1e-6)))))
 
     def _batch(self, calls: int) -> list[float]:
-        pairs = [[_event() for _ in range(2)] for _ in range(calls)]
-        _sleep(int(_cycles_per_second() * min(0.05, 2 * self._host * calls + 20e-6)))
+        pairs = [(_event(), _event()) for _ in range(calls)]
+        _sleep(int(self._cycles_per_second * self._head_start(calls)))
         for before, after in pairs:
-            if self._flush is not None:
-                self._flush.zero_()
-            before.record()
-            self._run()
-            after.record()
+            self._queue(before, after)
         torch.cuda.synchronize()
         return [before.elapsed_time(after) * 1e-3 for before, after in pairs]
+
+    def _head_start(self, calls: int) -> float:
+        """Seconds the host needs so that every call is on the queue when the one before it ends. It gains on long
+        kernels by itself; a GPU that slept for them would cool between rounds and run at clocks of its own.
+        """
+        host = self._MARGIN * self._host
+        return min(self._LONGEST_SLEEP, host + calls * max(0.0, host - self.estimate))
+
+    def _queue(self, before: Any, after: Any) -> None:
+        if self._flush is not None:
+            self._flush.zero_()
+        before.record()
+        self._run()
+        after.record()
 
 
 class _GraphReplay:
@@ -235,9 +262,8 @@ def _sleep(cycles: int) -> None:
     torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
 
 
-@functools.cache
 def _cycles_per_second() -> float:
-    """Of the counter that `torch.cuda._sleep` counts by, measured."""
+    """Of the counter that `torch.cuda._sleep` counts by, measured: it follows the GPU's clock."""
     cycles = 2_000_000
     _sleep(cycles)
     first, last = _event(), _event()
@@ -254,8 +280,8 @@ def _flush_buffer() -> torch.Tensor:
 
 
 def host_seconds(run: Run, device: torch.device, seconds: float) -> float:
-    """Median time the host needs for a call that takes ``seconds`` on a GPU. On a CPU, give one with next to nothing to
-    compute.
+    """Median time the host needs for a call that takes ``seconds`` on a GPU (infinite if that is not known: few calls
+    do). On a CPU, give one with next to nothing to compute.
     """
     taken = []
     calls = max(3, min(20, int(0.1 / seconds))) if device.type == "cuda" else 20
