@@ -258,6 +258,13 @@ def test_source_and_header_are_clean(library, tmp_path):
         subprocess.run(["cc", "-x", language, *warnings, "-fsyntax-only", str(library / HEADER)], check=True)
 
 
+def test_the_documented_call_compiles(library, tmp_path):
+    (block,) = re.findall(r"```c\n(.*?)```", (HERE.parents[1] / "docs" / "c_abi.md").read_text(), re.DOTALL)
+    (tmp_path / "call.c").write_text(block)
+    command = ["cc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{library}"]
+    subprocess.run([*command, str(tmp_path / "call.c")], check=True)
+
+
 def description(folder):
     code = "import sys, ctypes; c = ctypes.CDLL(sys.argv[1]); c.regard_description.restype = ctypes.c_char_p; print(c.regard_description().decode())"
     command = [sys.executable, "-c", code, str(folder / LIBRARY)]
