@@ -41,6 +41,11 @@ CASES = [
     "kv_lens", "kv_lens_causal", "nan_query",
 ]  # fmt: skip
 
+GRADIENT_SETS = "plain,causal,mask,varlen+causal,kv_lens+causal"
+GRADIENT_CASES = [
+    "odd_lengths", "gqa_7_to_1", "strides_qkv_packed", "mask_b11k", "varlen_causal_gqa", "kv_lens_causal",
+]  # fmt: skip
+
 
 def command_line(*arguments):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -52,11 +57,12 @@ def command_line(*arguments):
     )
 
 
-def export(folder, arch, *, others=(), head_dim="32", features="plain", dtype="float16"):
+def export(folder, arch, *options, others=(), head_dim="32", features="plain", dtype="float16"):
     """A library of these kernels, and beside it what stands in for its driver."""
     done = command_line(
-        folder, "--arch", ",".join([arch, *others]), "--dtype", dtype, "--head-dim", head_dim, "--features", features
-    )
+        folder, "--arch", ",".join([arch, *others]), "--dtype", dtype, "--head-dim", head_dim, "--features", features,
+        *options,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     driver = folder / DRIVERS[arch]
     subprocess.run(
@@ -100,6 +106,43 @@ def test_conformance_through_c(library):
 def test_other_head_dims_and_dtypes_through_c(tmp_path, head_dim, features, dtype, name):
     folder = export(tmp_path, "sm80", head_dim=head_dim, features=features, dtype=dtype)
     assert through_c(folder, dtype=dtype, names=[name])[name] is None
+
+
+@pytest.fixture(scope="module")
+def trainable(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainable")
+    return export(folder, "sm80", "--backward", features=GRADIENT_SETS)
+
+
+@with_fake_driver
+def test_gradients_through_c(trainable):
+    wanted = {**dict.fromkeys(GRADIENT_CASES), "still loaded": 0}
+    assert through_c(trainable, dtype="float16", names=GRADIENT_CASES, backward=True) == wanted
+
+
+@with_fake_driver
+def test_what_is_refused_of_gradients(trainable, library):
+    refused = {
+        "grads.struct_size: got 8": dict(struct_size=8),
+        "grad_out: got an address that": dict(grad_out=8),
+        **{f"{name}: got null": dict.fromkeys([name], 0) for name in ("grad_out", "dq", "dk", "dv", "scratch")},
+        "dk_strides[1]: got 63, needs a multiple of 16": dict(dk_strides=(12800, 63, 32)),
+        "dq_strides[0]: got -16": dict(dq_strides=(-16, 192, 32)),
+    }
+    answered = through_c(trainable, overrides=[dict(grads=fields) for fields in refused.values()])["calls"]
+    for (status, said, launches), expected in zip(answered, refused, strict=True):
+        assert (status, launches) == (INVALID, 0) and said.startswith(expected), said
+    no_keys, no_queries = dict(seqlen_k=0, k=0, v=0), dict(seqlen_q=0, q=0, out=0, lse=0)
+    served = [
+        dict(grads={}), dict(**PACKED, causal=1, grads={}), dict(no_keys, grads=dict(dk=0, dv=0)),
+        dict(no_queries, grads=dict(grad_out=0, dq=0, scratch=0)),
+    ]  # fmt: skip
+    answered = through_c(trainable, overrides=served)["calls"]
+    assert [(status, launches) for status, _, launches in answered] == [(OK, 3), (OK, 3), (OK, 2), (OK, 1)]
+    ((status, said, _),) = through_c(library, overrides=[dict(grads={})])["calls"]
+    assert (status, said) == (UNSUPPORTED, "kernel: got a backward, needs a library with kernels for it")
+    ((status, said, _),) = through_c(trainable, overrides=[dict(causal=1, sinks=4, grads={})])["calls"]
+    assert status == UNSUPPORTED and "a backward of float16 head_dim 32 causal sinks, needs one of float16" in said
 
 
 @with_fake_driver
@@ -279,36 +322,44 @@ def test_description(library):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="device: got cpu, needs cuda")
-def test_conformance_on_this_gpu(tmp_path):
+@pytest.mark.parametrize(
+    "check, features, options, names",
+    [("forward", FEATURE_SETS, [], CASES), ("backward", GRADIENT_SETS, ["--backward"], GRADIENT_CASES)],
+)
+def test_conformance_on_this_gpu(tmp_path, check, features, options, names):
     code = """
 import sys
 from pathlib import Path
 import torch, regard
 from library import OK, ExportedBackend, Library
-from regard.testing import CASES, check_forward
+from regard.testing import CASES, checks
 library = Library(Path(sys.argv[1]))
 torch.zeros(1, device="cuda")
 assert library.open() == OK, library.error
 regard.register(ExportedBackend(library, stream=lambda: torch.cuda.current_stream().cuda_stream))
 for case in CASES:
-    if case.name in sys.argv[2:]:
-        print(check_forward("exported", case, "cuda", torch.float16))
+    if case.name in sys.argv[3:]:
+        print(getattr(checks, f"check_{sys.argv[2]}")("exported", case, "cuda", torch.float16))
 """
     arch = architecture(torch.device("cuda"))
-    done = command_line(tmp_path, "--arch", arch, "--dtype", "float16", "--head-dim", "32", "--features", FEATURE_SETS)
+    done = command_line(
+        tmp_path, "--arch", arch, "--dtype", "float16", "--head-dim", "32", "--features", features, *options
+    )
     assert done.returncode == 0, done.stderr
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / LIBRARY), *CASES],
+        [sys.executable, "-c", code, str(tmp_path / LIBRARY), check, *names],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" passed: ") == len(CASES), done.stdout
+    assert done.stdout.count(": passed: ") == len(names), done.stdout
 
 
 def test_every_slot_is_filled_and_every_feature_is_known_to_the_source():
     source = Path(sys.modules["regard.export"].__file__).with_name(SOURCE).read_text()
-    assert set(re.findall(r"values\[SLOT_(\w+)\]\.", source)) == set(SLOTS)
+    filled = set(re.findall(r"values\[SLOT_(\w+)\]\.", source))
+    filled |= {f"{name}{i}" for name in re.findall(r"strides\(values, SLOT_(\w+_)0", source) for i in range(3)}
+    assert filled == set(SLOTS)
     assert set(re.findall(r"\bFEATURE_([a-z]\w*)", source)) == set(FEATURES)
 
 
@@ -336,6 +387,7 @@ def test_features_that_cannot_be(text):
         (["--arch", "sm90", "--head-dim", "big"], "head_dim: got 'big', needs a number"),
         (["--arch", "sm90", "--head-dim", "0"], "head_dim: got 0"),
         (["--arch", "sm90", "--head-dim", "300"], "head_dim: got 300, needs at most 256"),
+        (["--arch", "sm90", "--backward", "--features", "paged"], "flash: backward: got a gradient through a paged KV cache"),
         (["--arch", "sm90", "--features", "dropout"], "features: got 'dropout', needs 'plain', or some of"),
         (["--arch", "sm80", "--dtype", "float16", "--head-dim", "16", "--features", "plain", "--compiler", "no-such-cc"],
          "compiler: got 'no-such-cc', needs a C compiler"),

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from regard import AttentionConfig, KvCacheLayout
+from regard import AttentionConfig, KvCacheLayout, Reason
+from regard.backends.flash import new_gradients
 from regard.backends.launch import new_results
 from regard.backends.padded_rows import broadcast_strides, with_padded_rows
 
@@ -36,15 +37,27 @@ class Args(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Grads(ctypes.Structure):
+    """The header's struct of gradients."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        *((name, POINTER) for name in ("grad_out", "dq", "dk", "dv")),
+        *((f"{name}_strides", I64 * 3) for name in ("grad_out", "dq", "dk", "dv")),
+        ("scratch", POINTER),
+    ]  # fmt: skip
+
+
 class Library:
     """The C calls."""
 
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
         self.c.regard_last_error.restype = self.c.regard_description.restype = ctypes.c_char_p
-        for name in ("regard_attention_forward", "regard_attention_check", "regard_close"):
-            getattr(self.c, name).argtypes = [POINTER, POINTER, POINTER][: 3 if name.endswith("forward") else 2]
         self.c.regard_close.argtypes = [POINTER]
+        self.c.regard_attention_check.argtypes = [POINTER] * 2
+        self.c.regard_attention_forward.argtypes = [POINTER] * 3
+        self.c.regard_attention_backward.argtypes = [POINTER] * 4
         self.handle = POINTER()
 
     def open(self) -> int:
@@ -67,6 +80,14 @@ class Library:
     def forward(self, args: Args, stream: int | None = None) -> tuple[int, str]:
         return self.c.regard_attention_forward(self.handle, ctypes.byref(args), stream), self.error
 
+    def grads(self, **fields: Any) -> Grads:
+        fields = {name: (I64 * 3)(*value) if name.endswith("strides") else value for name, value in fields.items()}
+        return Grads(**{"struct_size": ctypes.sizeof(Grads), **fields})
+
+    def backward(self, args: Args, grads: Grads, stream: int | None = None) -> tuple[int, str]:
+        said = self.c.regard_attention_backward(self.handle, ctypes.byref(args), ctypes.byref(grads), stream)
+        return said, self.error
+
     @property
     def error(self) -> str:
         return str(self.c.regard_last_error().decode())
@@ -80,7 +101,9 @@ class ExportedBackend:
     def __init__(self, library: Library, *, stream: Callable[[], int | None] = lambda: None) -> None:
         self.library, self.stream = library, stream
 
-    def unsupported_reasons(self, config: AttentionConfig) -> list[Any]:
+    def unsupported_reasons(self, config: AttentionConfig) -> list[Reason]:
+        if config.requires_grad and config.return_lse:
+            return [Reason("backward", "a gradient of lse", "out's alone")]
         return []
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
@@ -89,13 +112,31 @@ class ExportedBackend:
     def forward(self, config: AttentionConfig, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = with_padded_rows(inputs)
         results = new_results(config, inputs)
-        status, error = self.library.forward(self.args_of(config, inputs, *results), self.stream())
-        if status != OK:
-            raise RuntimeError(f"status {status}: {error}")
+        said = self.library.forward(self.args_of(config, inputs, *results), self.stream())
+        if said[0] != OK:
+            raise RuntimeError(said)
         return results
 
-    def backward(self, *arguments: Any) -> Any:
-        raise NotImplementedError
+    def backward(
+        self, config: AttentionConfig, inputs: Any, out: torch.Tensor, lse: Any, grad_out: torch.Tensor, grad_lse: Any
+    ) -> dict[str, Any]:
+        assert grad_lse is None or not grad_lse.any()
+        inputs = with_padded_rows(inputs)
+        grad_out = grad_out.contiguous()
+        args = self.args_of(config, inputs, out, lse)
+        found = new_gradients(config, inputs)
+        scratch = lse.new_empty((2, *lse.shape))
+        self.kept += (grad_out, scratch[0], scratch[1], *found.values())
+        tensors = {"grad_out": grad_out, **{f"d{name}": tensor for name, tensor in found.items()}}
+        grads = self.library.grads(
+            scratch=scratch.data_ptr(),
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+            **{f"{name}_strides": _strides(tensor) for name, tensor in tensors.items()},
+        )
+        said = self.library.backward(args, grads, self.stream())
+        if said[0] != OK:
+            raise RuntimeError(said)
+        return {**found, "bias": None, "sinks": None}
 
     def args_of(self, config: AttentionConfig, inputs: Any, out: torch.Tensor, lse: torch.Tensor) -> Args:
         q, k, v, mask, bias, slopes, sinks, cu_seqlens_q, cu_seqlens_k, kv_lens, pages, _ = inputs

@@ -7,6 +7,7 @@ Reads JSON, the arguments of `cases` or of `calls`, and prints as JSON what that
 import ctypes
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import conftest  # noqa: F401 - teaches the interpreter bfloat16
@@ -14,11 +15,8 @@ import torch
 from library import F32, I32, I64, OK, Args, ExportedBackend, Library
 
 import regard
-from regard.backends import flash
-from regard.backends.padded_rows import with_padded_rows
 from regard.export import kernels as exported
-from regard.export.cross_compile import meta_inputs
-from regard.testing import CASES, check_forward
+from regard.testing import CASES, check_backward, check_forward
 
 CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p,
@@ -27,7 +25,7 @@ CALLBACK = ctypes.CFUNCTYPE(
 
 
 STRIDES = {
-    **dict.fromkeys(("q_strides", "k_strides", "v_strides", "out_strides"), (I64, I32, I64)),
+    **{f"{name}_strides": (I64, I32, I64) for name in ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")},
     **dict.fromkeys(("mask_strides", "bias_strides"), (I64, I64, I32)),
     "alibi_strides": (I64,),
 }
@@ -55,16 +53,18 @@ class Device:
             getattr(torch, described["dtype"]), described["head_dim"], described["head_dim_v"],
             tuple(described["features"]),
         )  # fmt: skip
-        config = variant.config(described["arch"])
-        inputs = with_padded_rows(meta_inputs(config))
-        launch = flash.forward_launch(config, inputs, *exported._results(inputs), by_tma=False)
+        config = replace(variant.config(described["arch"]), requires_grad=described["step"] != "forward")
+        launch = exported.launches(config)[described["step"]]
         addresses = iter(parameters[i] for i in range(99))
-        arguments = {name: self.read(name, value, addresses) for name, value in launch.arguments.items()}
+        arguments = {name: self.read(name, launch.arguments, addresses) for name in launch.arguments}
         launch.kernel[(programs,)](**arguments)
 
-    def read(self, name, value, addresses):
+    def read(self, name, arguments, addresses):
         """An argument from where the parameters are: what is no constant of the kernel, in its order, as C's types."""
+        value = arguments[name]
         if name.isupper() or value is None:
+            return value
+        if name.endswith("_strides") and arguments.get(name.replace("_strides", "_ptr"), 0) is None:
             return value
         if name in STRIDES:
             return *(kind.from_address(next(addresses)).value for kind in STRIDES[name]), 1
@@ -90,7 +90,7 @@ def opened(folder):
     return Library(folder / "libregard_attention.so"), driver
 
 
-def cases(folder, dtype, names):
+def cases(folder, dtype, names, backward=False):
     """For each case None, or what is wrong."""
     library, driver = opened(folder)
     backend = ExportedBackend(library)
@@ -104,8 +104,9 @@ def cases(folder, dtype, names):
         if case.name in names:
             before = device.launches
             try:
-                check_forward("exported", case, "cpu", getattr(torch, dtype))
-                assert device.launches == before + 1, f"{device.launches - before} launches"
+                check = check_backward if backward else check_forward
+                check("exported", case, "cpu", getattr(torch, dtype))
+                assert device.launches == before + 1 + 3 * backward, f"{device.launches - before} launches"
                 found[case.name] = None
             except Exception as error:
                 found[case.name] = f"{error!r} {device.failure or ''}"
@@ -114,7 +115,7 @@ def cases(folder, dtype, names):
 
 
 def calls(folder, overrides, refused=0):
-    """For each call, a plain one with other fields, what it returns, says, and whether it launched, with a driver that
+    """For each call, a plain one with other fields (one of the backward where ``grads`` is one of them), what it returns, says, and whether it launched, with a driver that
     refuses the first images; then the failures of one that refuses all, and of one that refuses launches."""
     library, driver = opened(folder)
     launched = []
@@ -124,10 +125,14 @@ def calls(folder, overrides, refused=0):
     found = []
     for fields in overrides:
         before = len(launched)
+        grads = fields.pop("grads", None)
         args = library.args(**{**PLAIN, **fields})
-        checked, forward = library.check(args), library.forward(args)
-        assert checked == forward or forward[0] == OK == checked[0]
-        found.append((*forward, len(launched) - before))
+        if grads is None:
+            said = library.forward(args)
+            assert library.check(args)[0] == said[0]
+        else:
+            said = library.backward(args, library.grads(**{**PLAIN_GRADS, **grads}))
+        found.append((*said, len(launched) - before))
     library.close()
     failures = []
     for images, error in ((99, 0), (0, 1)):
@@ -142,6 +147,10 @@ PLAIN = dict(
     dtype=1, batch=2, seqlen_q=100, seqlen_k=200, heads_q=6, heads_kv=2, head_dim=32,
     q=1 << 20, k=1 << 20, v=1 << 20, out=1 << 20, lse=1 << 20,
     q_strides=(19200, 192, 32), k_strides=(12800, 64, 32), v_strides=(12800, 64, 32), out_strides=(19200, 192, 32),
+)  # fmt: skip
+PLAIN_GRADS = dict(
+    grad_out=1 << 20, dq=1 << 20, dk=1 << 20, dv=1 << 20, scratch=1 << 20, grad_out_strides=(19200, 192, 32),
+    dq_strides=(19200, 192, 32), dk_strides=(12800, 64, 32), dv_strides=(12800, 64, 32),
 )  # fmt: skip
 
 

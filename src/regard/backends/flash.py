@@ -241,8 +241,10 @@ def backward_launches(
     row_lse: Tensor,
     delta: Tensor,
     gradients: AttentionInputs,
+    *,
+    by_tma: bool = True,
 ) -> list[Launch]:
-    """The launches that fill q, k and v of ``gradients``: dK and dV, then dQ."""
+    """The launches that fill q, k and v of ``gradients``: dK and dV, then dQ. ``by_tma``: see `forward_launch`."""
     from regard.kernels.backward import backward_keys, backward_queries
 
     def arguments(tile: tuning.Tile, cut: bool) -> dict[str, Any]:
@@ -262,7 +264,8 @@ def backward_launches(
 
     # Around a bias ptxas serialises the wgmma of these tiles, and around dropout it spills more.
     alone = config.mask_shape is None and config.bias_shape is None and config.dropout_p == 0
-    kinds = _all_aligned(inputs, grad_out), alone and _suits_tma(config, (*inputs[:3], grad_out))
+    by_tma = by_tma and alone and _suits_tma(config, (*inputs[:3], grad_out))
+    kinds = _all_aligned(inputs, grad_out), by_tma
     tile = _tile(config, tuning.BACKWARD_KEYS, *kinds)
     cut = config.seqlen_k % tile.block_n != 0 or config.seqlen_q % tile.block_m != 0
     programs = -(-config.seqlen_k // tile.block_n) * config.batch * config.heads_kv

@@ -1,6 +1,6 @@
 """Attention for programs without Python: a C library of kernels compiled ahead of time.
 
-`regard.export.library.write` compiles the `flash` backend's forward for GPUs that need not be there, and writes C
+`regard.export.library.write` compiles the `flash` backend's kernels for GPUs that need not be there, and writes C
 source that needs a C compiler and, when it runs, the GPU's driver; `build` makes a shared library of it. What other
 languages call is `regard_attention.h`, beside this file.
 """

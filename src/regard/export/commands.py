@@ -18,6 +18,7 @@ def export(
     features: Annotated[
         str, typer.Option(help="What the calls of each kernel have, joined by '+'; kernels with commas.")
     ] = "plain,causal,causal+kv_lens,causal+paged,mask",
+    backward: Annotated[bool, typer.Option("--backward", help="With kernels for the gradients of q, k and v.")] = False,
     build: Annotated[bool, typer.Option(help="Build the shared library too.")] = True,
     compiler: Annotated[str, typer.Option(help="The C compiler for that.")] = "cc",
 ) -> None:
@@ -39,6 +40,7 @@ def export(
                 dtypes=dtype.split(","),
                 head_dims=[_head_dims(each) for each in head_dim.split(",")],
                 features=features.split(","),
+                backward=backward,
                 progress=progress,
             )
             made = library.build(folder, compiler) if build else folder / library.SOURCE
@@ -48,12 +50,14 @@ def export(
                 library.name_of(kernel.variant.dtype),
                 f"{kernel.variant.head_dim}, {kernel.variant.head_dim_v}",
                 " ".join(kernel.variant.features) or "plain",
+                kernel.step,
                 f"{kernel.footprint.registers}, {kernel.footprint.spills}",
                 f"{len(kernel.image):,}",
             )
             for kernel in kernels
         ]
-        Console().print(table(["arch", "dtype", "head dims", "features", "registers, spilled bytes", "bytes"], rows))
+        columns = ["arch", "dtype", "head dims", "features", "step", "registers, spilled bytes", "bytes"]
+        Console().print(table(columns, rows))
         typer.echo(f"wrote {made}; {folder / library.HEADER} says how it is called")
 
 

@@ -7,15 +7,16 @@ lengths, heads, strides, scale, the sides of a window.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from regard.backends import flash
+from regard.backends.launch import Launch
 from regard.backends.padded_rows import with_padded_rows
-from regard.config import AttentionConfig, AttentionInputs
+from regard.config import AttentionConfig
 from regard.errors import ConfigError, UnsupportedError
 from regard.export.cross_compile import (
     TYPE_NAMES,
@@ -28,17 +29,20 @@ from regard.export.cross_compile import (
 )
 from regard.kernels import tuning
 
+_SEQLEN = 16411  # as of a long call; prime, since kernels must not count on whole blocks
+_SIZES = dict(batch=3, seqlen_q=_SEQLEN, seqlen_k=_SEQLEN, heads_q=6, heads_kv=2)
+
 FEATURES: Mapping[str, Mapping[str, Any]] = {
     "causal": dict(causal=True),
     "window": dict(window=(1000, 1000)),
-    "mask": dict(mask_shape=(1, 1)),
-    "bias": dict(bias_shape=(1, 1)),
+    "mask": dict(mask_shape=(1, 1, _SEQLEN, _SEQLEN)),
+    "bias": dict(bias_shape=(1, 1, _SEQLEN, _SEQLEN)),
     "softcap": dict(softcap=30.0),
     "alibi": dict(alibi=True),
     "sinks": dict(sinks=True),
-    "varlen": dict(varlen=True),
+    "varlen": dict(varlen=True, total_q=3 * _SEQLEN, total_k=3 * _SEQLEN),
     "kv_lens": dict(kv_lens=True),
-    "paged": dict(kv_lens=True, page_size=16),
+    "paged": dict(kv_lens=True, page_size=16, seqlen_k=_SEQLEN // 16 * 16),
 }
 """What a kernel can be compiled for, and what says so in an `AttentionConfig`.
 
@@ -48,25 +52,31 @@ A causal kernel serves any right side of a window, a window kernel any two sides
 _IMPLIED = {"window": "causal", "paged": "kv_lens"}
 _NOT_PACKED = ("mask", "bias", "kv_lens", "paged")
 
-_SEQLEN = 16411  # as of a long call; prime, since kernels must not count on whole blocks
-_SIZES = dict(batch=3, seqlen_q=_SEQLEN, seqlen_k=_SEQLEN, heads_q=6, heads_kv=2)
+STEPS = ("forward", "row_terms", "keys", "queries")
+"""What a kernel is of: the forward, or in their order the launches of the backward."""
 
-_WIDE = {"q_strides": (0, 2), "k_strides": (0, 2), "v_strides": (0, 2), "out_strides": (0, 2), "lse_strides": (0, 1),
-         "mask_strides": (0, 1), "bias_strides": (0, 1), "alibi_strides": (0,)}  # fmt: skip
-"""Strides of 64 bits: those between batches and heads. The kernels multiply those between rows by 32-bit numbers."""
-
-_CLOSE = {"q_strides", "k_strides", "v_strides", "out_strides", "mask_strides", "bias_strides"}
+_ROWS = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
+_PAIRS = ("mask", "bias")
+_CLOSE = {f"{name}_strides" for name in (*_ROWS, *_PAIRS)}
 """Elements of a row lie side by side: of these the last stride is 1."""
 
-_ALIGNED = {"q_ptr", "k_ptr", "v_ptr", "out_ptr", "mask_ptr", "bias_ptr"}
+_WIDE = {
+    **{f"{name}_strides": (0, 2) for name in _ROWS},
+    **{f"{name}_strides": (0, 1) for name in (*_PAIRS, "lse")},
+    "alibi_strides": (0,),
+}
+"""Strides of 64 bits: those between batches and heads. The kernels multiply those between rows by 32-bit numbers."""
+
+_ALIGNED = {f"{name}_ptr" for name in (*_ROWS, *_PAIRS)}
 """Addresses that must be multiples of 16."""
 
 SLOTS = (
-    "q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", "mask_ptr", "bias_ptr", "alibi_ptr", "sinks_ptr",
-    "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr", "block_table_ptr",
-    *(f"{name}_strides_{i}" for name in ("q", "k", "v", "out", "mask", "bias") for i in range(3)),
-    "lse_strides_0", "lse_strides_1", "alibi_strides_0", "block_table_stride",
-    "heads_q", "group", "seqlen_q", "seqlen_k", "total_q", "total_k", "readable_k", "page_size",
+    *(f"{name}_ptr" for name in (*_ROWS, *_PAIRS)),
+    *(f"{name}_strides_{i}" for name in (*_ROWS, *_PAIRS) for i in range(3)),
+    "lse_ptr", "lse_strides_0", "lse_strides_1", "row_lse_ptr", "delta_ptr",
+    "alibi_ptr", "alibi_strides_0", "sinks_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "kv_lens_ptr",
+    "block_table_ptr", "block_table_stride", "page_size",
+    "heads_q", "heads_kv", "group", "seqlen_q", "seqlen_k", "total_q", "total_k", "rows", "readable_k",
     "softmax_scale", "softcap", "window_left", "window_right", "scratch",
 )  # fmt: skip
 """Everything that a kernel may have for a parameter: the kernels' own names, strides one by one, and Triton's scratch
@@ -95,16 +105,11 @@ class Variant:
 
     def config(self, arch: str) -> AttentionConfig:
         """A long call of this kind."""
-        arguments: dict[str, Any] = {name: value for each in self.features for name, value in FEATURES[each].items()}
-        for name in ("mask_shape", "bias_shape"):
-            if name in arguments:
-                arguments[name] = (1, 1, _SEQLEN, _SEQLEN)
-        if "varlen" in self.features:
-            arguments |= dict(total_q=_SIZES["batch"] * _SEQLEN, total_k=_SIZES["batch"] * _SEQLEN)
-        if "paged" in self.features:
-            arguments["seqlen_k"] = _SEQLEN // 16 * 16
+        arguments: dict[str, Any] = dict(_SIZES)
+        for name in self.features:
+            arguments |= FEATURES[name]
         return AttentionConfig(
-            **{**_SIZES, **arguments}, head_dim=self.head_dim, head_dim_v=self.head_dim_v, dtype=self.dtype,
+            **arguments, head_dim=self.head_dim, head_dim_v=self.head_dim_v, dtype=self.dtype,
             device="cuda", arch=arch,
         )  # fmt: skip
 
@@ -114,10 +119,11 @@ class Kernel(NamedTuple):
 
     Attributes:
         arch, variant: what it is for.
+        step: of `STEPS`.
         name: in the image.
         image: cubin or code object.
         slots: of `SLOTS`, one for each of its parameters.
-        rows: queries of a program.
+        rows: queries of a program, or of the step "keys" keys.
         threads: of a program.
         footprint: what it asks of the hardware.
         strides_of: what strides of q, k, v and out must be multiples of.
@@ -126,6 +132,7 @@ class Kernel(NamedTuple):
 
     arch: str
     variant: Variant
+    step: str
     name: str
     image: bytes
     slots: tuple[str, ...]
@@ -151,17 +158,30 @@ def parse_features(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def compile_kernel(variant: Variant, arch: str) -> Kernel:
-    """Compile one kernel; needs no such GPU.
+def compile_kernels(variant: Variant, arch: str, *, backward: bool) -> list[Kernel]:
+    """Compile the forward, and the backward if asked for; needs no such GPU.
 
     Raises:
         UnsupportedError: the `flash` backend has reasons against such calls.
     """
-    config = variant.config(arch)
+    config = replace(variant.config(arch), requires_grad=backward)
     if reasons := flash.FlashBackend().unsupported_reasons(config):
         raise UnsupportedError(f"no kernel can be exported for {config.describe()}", {"flash": reasons})
+    return [_compile(variant, arch, step, launch) for step, launch in launches(config).items()]
+
+
+def launches(config: AttentionConfig) -> dict[str, Launch]:
+    """What the `flash` backend would launch for a call, by step."""
     inputs = with_padded_rows(meta_inputs(config))
-    launch = flash.forward_launch(config, inputs, *_results(inputs), by_tma=False)
+    out, lse = inputs.q.new_empty(inputs.out_shape), inputs.q.new_empty(inputs.lse_shape, dtype=torch.float32)
+    made = [flash.forward_launch(config, inputs, out, lse, by_tma=False)]
+    if config.requires_grad:
+        made.append(flash.row_terms_launch(config, inputs, out, out, lse, None, lse, lse))
+        made += flash.backward_launches(config, inputs, out, lse, lse, inputs, by_tma=False)
+    return dict(zip(STEPS, made, strict=False))
+
+
+def _compile(variant: Variant, arch: str, step: str, launch: Launch) -> Kernel:
     aligned = variant.head_dim % 16 == 0 and variant.head_dim_v % 16 == 0
     buffers = arch.startswith("gfx")  # loads and stores that take less of the registers, with 32-bit offsets
     arguments = dict(_unspecialized(launch.kernel, launch.arguments, aligned, buffers))
@@ -169,24 +189,19 @@ def compile_kernel(variant: Variant, arch: str) -> Kernel:
         triton.knobs.compilation.disable_line_info = True  # which is half of an image and more
         compiled = compile_launch(launch.kernel, arguments, launch.options, arch)
     slots = tuple(slot for name in launch.kernel.arg_names for slot in _slots(name, arguments[name]))
-    warp = target_of(arch).warp_size
     return Kernel(
         arch=arch,
         variant=variant,
+        step=step,
         name=compiled.metadata.name,
         image=compiled.asm["hsaco" if arch.startswith("gfx") else "cubin"],
         slots=(*slots, *["scratch"] * (_parameter_count(compiled) - len(slots))),
-        rows=launch.arguments["BLOCK_M"],
-        threads=compiled.metadata.num_warps * warp,
+        rows=launch.arguments["BLOCK_N" if step == "keys" else "BLOCK_M"],
+        threads=compiled.metadata.num_warps * target_of(arch).warp_size,
         footprint=footprint(compiled, arch),
         strides_of=16 if aligned else 1,
         most_bytes=2**31 - 1 if buffers else 0,
     )
-
-
-def _results(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out and lse of a call."""
-    return inputs.q.new_empty(inputs.out_shape), inputs.q.new_empty(inputs.lse_shape, dtype=torch.float32)
 
 
 def _unspecialized(
@@ -198,7 +213,8 @@ def _unspecialized(
         if parameter.is_constexpr or value is None:
             yield name, value
         elif isinstance(value, tuple):
-            yield name, tuple(_unknown_strides(name, len(value), aligned))
+            is_given = arguments.get(name.replace("_strides", "_ptr"), value) is not None
+            yield name, tuple(_unknown_strides(name, len(value), aligned)) if is_given else (1,) * len(value)
         elif isinstance(value, torch.Tensor):
             yield name, Unknown("*" + TYPE_NAMES[value.dtype], name in _ALIGNED, buffers and name in _ALIGNED)
         elif isinstance(value, float):

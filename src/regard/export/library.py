@@ -17,11 +17,12 @@ from regard.errors import ConfigError
 from regard.export.kernels import (
     FEATURES,
     SLOTS,
+    STEPS,
     Kernel,
     Variant,
     architecture_order,
     check_architectures,
-    compile_kernel,
+    compile_kernels,
     parse_features,
 )
 
@@ -42,6 +43,7 @@ def write(
     dtypes: Sequence[str] = ("float16", "bfloat16"),
     head_dims: Sequence[tuple[int, int]] = ((64, 64), (128, 128)),
     features: Sequence[str] = ("plain", "causal", "causal+kv_lens", "causal+paged", "mask"),
+    backward: bool = False,
     progress: Progress | None = None,
 ) -> list[Kernel]:
     """Compile a kernel for every combination, and write the C source of a library that has them.
@@ -54,7 +56,8 @@ def write(
         dtypes: of `DTYPES`.
         head_dims: pairs of D and Dv.
         features: for each kernel the features that a call must have, see `regard.export.kernels.FEATURES`.
-        progress: called for every kernel.
+        backward: also the kernels of the gradients of q, k and v.
+        progress: called for every combination.
 
     Returns:
         the kernels.
@@ -74,9 +77,9 @@ def write(
         for dims in dict.fromkeys(head_dims)
         for each in dict.fromkeys(features)
     ]
-    kernels = []
+    kernels: list[Kernel] = []
     for done, (variant, arch) in enumerate(wanted, 1):
-        kernels.append(compile_kernel(variant, arch))
+        kernels += compile_kernels(variant, arch, backward=backward)
         if progress is not None:
             progress("compiling kernels", done, len(wanted))
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,28 +120,42 @@ def _data(kernels: Sequence[Kernel]) -> Iterator[str]:
     yield f"/* Written by regard {versions['regard']} with Triton {versions['triton']}. */"
     yield f"#define REGARD_HIP {int(archs[0].startswith('gfx'))}"
     yield f"static const char architectures[] = {json.dumps(', '.join(archs))};"
-    yield f"static const char description[] = {json.dumps(json.dumps(_description(kernels, versions)))};"
+    yield from _array("char description", json.dumps(_description(kernels, versions)).encode() + b"\0")
     yield f"static const char *const dtype_names[] = {{{_strings(['', *DTYPES])}}};"
     yield f"static const char *const feature_names[] = {{{_strings(list(FEATURES))}}};"
     yield f"enum {{{', '.join(f'FEATURE_{name} = {1 << bit}' for bit, name in enumerate(FEATURES))}}};"
+    yield f"enum {{{', '.join(f'STEP_{name}' for name in STEPS)}}};"
     yield f"enum {{{', '.join(f'SLOT_{name}' for name in SLOTS)}, SLOT_COUNT}};"
     for i, kernel in enumerate(kernels):
         yield f"static const unsigned char slots_{i}[] = {{{', '.join(f'SLOT_{name}' for name in kernel.slots)}}};"
-        yield f"static const unsigned char image_{i}[] = {{"
-        yield from (",".join(map(str, kernel.image[at : at + 40])) + "," for at in range(0, len(kernel.image), 40))
-        yield "};"
+        yield from _array(f"unsigned char image_{i}", kernel.image)
     yield "static const struct kernel kernels[] = {"
     for i, kernel in enumerate(kernels):
-        variant = kernel.variant
-        features = " | ".join(f"FEATURE_{name}" for name in variant.features) or "0"
-        dtype = 1 + list(DTYPES.values()).index(variant.dtype)
-        yield (
-            f'    {{.arch = "{kernel.arch}", .dtype = {dtype}, .head_dim = {variant.head_dim}, '
-            f".head_dim_v = {variant.head_dim_v}, .features = {features}, .strides_of = {kernel.strides_of}, "
-            f".most_bytes = {kernel.most_bytes}, .rows = {kernel.rows}, .threads = {kernel.threads}, "
-            f'.shared = {kernel.footprint.shared}, .name = "{kernel.name}", .image = image_{i}, .slots = slots_{i}, '
-            f".slot_count = {len(kernel.slots)}}},"
-        )
+        fields = {
+            "arch": f'"{kernel.arch}"',
+            "step": f"STEP_{kernel.step}",
+            "dtype": 1 + list(DTYPES.values()).index(kernel.variant.dtype),
+            "head_dim": kernel.variant.head_dim,
+            "head_dim_v": kernel.variant.head_dim_v,
+            "features": " | ".join(f"FEATURE_{name}" for name in kernel.variant.features) or 0,
+            "strides_of": kernel.strides_of,
+            "most_bytes": kernel.most_bytes,
+            "rows": kernel.rows,
+            "threads": kernel.threads,
+            "shared": kernel.footprint.shared,
+            "name": f'"{kernel.name}"',
+            "image": f"image_{i}",
+            "slots": f"slots_{i}",
+            "slot_count": len(kernel.slots),
+        }
+        yield f"    {{{', '.join(f'.{name} = {value}' for name, value in fields.items())}}},"
+    yield "};"
+
+
+def _array(name: str, data: bytes) -> Iterator[str]:
+    """A definition as numbers: strings of C need not be longer than 4095."""
+    yield f"static const {name}[] = {{"
+    yield from (",".join(map(str, data[at : at + 40])) + "," for at in range(0, len(data), 40))
     yield "};"
 
 
@@ -157,7 +174,8 @@ def _description(kernels: Sequence[Kernel], versions: dict[str, str]) -> dict[st
                 "head_dim": kernel.variant.head_dim,
                 "head_dim_v": kernel.variant.head_dim_v,
                 "features": list(kernel.variant.features),
-                "queries_per_program": kernel.rows,
+                "step": kernel.step,
+                "rows_per_program": kernel.rows,
                 "threads": kernel.threads,
                 "registers": kernel.footprint.registers,
                 "spilled_bytes": kernel.footprint.spills,

@@ -11,11 +11,12 @@
 /* A compiled kernel, what calls it serves, and how it is launched. */
 struct kernel {
     const char *arch;
+    int step; /* of the forward, or of the backward */
     int dtype, head_dim, head_dim_v;
     unsigned features;   /* exactly those that a call has */
     int strides_of;      /* what strides of q, k, v and out are multiples of */
     int64_t most_bytes;  /* that q, k, v, out, mask or bias may span; 0 is no limit */
-    int rows;            /* queries of one program */
+    int rows;            /* queries of one program, or keys in the step that is of keys */
     unsigned threads, shared;
     const char *name;
     const unsigned char *image;
@@ -238,25 +239,26 @@ static void describe(char *text, size_t size, int dtype, int head_dim, int head_
 
 static int dim_v_of(const regard_attention_args *args) { return args->head_dim_v ? args->head_dim_v : args->head_dim; }
 
-static int find_kernel(const regard_library *library, const regard_attention_args *args, int *index) {
+static int find_kernel(const regard_library *library, const regard_attention_args *args, int step, int *index) {
     unsigned features = features_of(args);
     for (*index = 0; *index < KERNEL_COUNT; ++*index) {
         const struct kernel *kernel = &kernels[*index];
-        if (library->functions[*index] != NULL && kernel->dtype == args->dtype && kernel->head_dim == args->head_dim &&
-            kernel->head_dim_v == dim_v_of(args) && kernel->features == features)
+        if (library->functions[*index] != NULL && kernel->step == step && kernel->dtype == args->dtype &&
+            kernel->head_dim == args->head_dim && kernel->head_dim_v == dim_v_of(args) && kernel->features == features)
             return REGARD_OK;
     }
     char wanted[192];
     describe(wanted, sizeof wanted, args->dtype, args->head_dim, dim_v_of(args), features);
-    int length = snprintf(last_error, sizeof last_error, "kernel: got a call of %s, needs one of", wanted);
-    const char *separator = "";
+    const char *pass = step == STEP_forward ? "call" : "backward", *separator = "";
+    int length = snprintf(last_error, sizeof last_error, "kernel: got a %s of %s, needs one of", pass, wanted);
     for (int i = 0; i < KERNEL_COUNT && length < (int)sizeof last_error; i++) {
-        if (library->functions[i] == NULL) continue;
+        if (library->functions[i] == NULL || kernels[i].step != step) continue;
         char kind[192];
         describe(kind, sizeof kind, kernels[i].dtype, kernels[i].head_dim, kernels[i].head_dim_v, kernels[i].features);
         length += snprintf(last_error + length, sizeof last_error - (size_t)length, "%s %s", separator, kind);
         separator = ",";
     }
+    if (*separator == 0) return refuse(REGARD_UNSUPPORTED, "kernel: got a %s, needs a library with kernels for it", pass);
     return REGARD_UNSUPPORTED;
 }
 
@@ -310,7 +312,7 @@ struct layout {
     const void *address;
     const int64_t *strides;
     int64_t batch, rows, heads, row_length;
-    int strides_of, row; /* what strides are multiples of; which of them is the rows' */
+    int strides_of, row, itemsize; /* what strides are multiples of; which of them is the rows'; 0: the call's dtype's */
 };
 
 /* Rows further apart would take 32-bit offsets inside a tile too far. */
@@ -338,65 +340,111 @@ static int check_layout(const struct layout *tensor, int64_t most_bytes, int ite
 
 static int itemsize_of(int dtype) { return dtype == REGARD_FLOAT32 ? 4 : 2; }
 
-static int check_tensors(const regard_attention_args *args, const struct kernel *kernel) {
-    int64_t batch = args->batch, rows = args->seqlen_q, keys = args->seqlen_k, pages = batch;
-    int packed = args->cu_seqlens_q != NULL;
-    if (packed) batch = pages = 1, rows = args->total_q, keys = args->total_k;
-    if (args->block_table) pages = args->num_pages, keys = args->page_size;
-    int of = kernel->strides_of;
-    const struct layout tensors[] = {
-        {"q", args->q, args->q_strides, batch, rows, args->heads_q, args->head_dim, of, 1},
-        {"out", args->out, args->out_strides, batch, rows, args->heads_q, dim_v_of(args), of, 1},
-        {"k", args->k, args->k_strides, pages, keys, args->heads_kv, args->head_dim, of, 1},
-        {"v", args->v, args->v_strides, pages, keys, args->heads_kv, dim_v_of(args), of, 1},
-        {"mask", args->mask, args->mask_strides, batch, rows, args->heads_q, args->seqlen_k, 16, 2},
-        {"bias", args->bias, args->bias_strides, batch, rows, args->heads_q, args->seqlen_k, 16, 2},
-    };
-    for (int i = 0; i < 6; i++) {
-        if (i >= 2 && keys == 0) break; /* nothing of them is read */
-        if (i >= 4 && tensors[i].address == NULL) continue;
-        int status = check_layout(&tensors[i], kernel->most_bytes, i == 4 ? 1 : itemsize_of(args->dtype));
+static int check_layouts(const struct layout *tensors, int count, const regard_attention_args *args, const struct kernel *kernel) {
+    for (int i = 0; i < count; i++) {
+        if (tensors[i].batch == 0 || tensors[i].rows == 0 || tensors[i].row_length == 0) continue; /* nothing is touched */
+        int status = check_layout(&tensors[i], kernel->most_bytes, tensors[i].itemsize ? tensors[i].itemsize : itemsize_of(args->dtype));
         if (status) return status;
     }
-    NEEDS(args->lse != NULL, "lse: got null, needs an address");
     return REGARD_OK;
 }
 
-/* The number of programs of a call, or 0 where it writes nothing. */
-static int64_t programs_of(const regard_attention_args *args, const struct kernel *kernel) {
-    if (args->cu_seqlens_q && args->total_q == 0) return 0;
-    int64_t blocks = ((int64_t)args->seqlen_q + kernel->rows - 1) / kernel->rows;
-    return blocks * args->batch * args->heads_q;
+/* Rows and batch entries of queries and of keys, as they lie in memory. */
+struct extent {
+    int64_t batch, rows, pages, keys;
+};
+
+static struct extent extent_of(const regard_attention_args *args) {
+    if (args->cu_seqlens_q) return (struct extent){1, args->total_q, 1, args->total_k};
+    if (args->block_table) return (struct extent){args->batch, args->seqlen_q, args->num_pages, args->page_size};
+    return (struct extent){args->batch, args->seqlen_q, args->batch, args->seqlen_k};
 }
 
-/* Check a call and find its kernel. */
-static int prepare(const regard_library *library, const regard_attention_args *args, int *index) {
+static int check_tensors(const regard_attention_args *args, const struct kernel *kernel) {
+    struct extent is = extent_of(args);
+    int of = kernel->strides_of, keys = args->seqlen_k;
+    const struct layout tensors[] = {
+        {"q", args->q, args->q_strides, is.batch, is.rows, args->heads_q, args->head_dim, of, 1, 0},
+        {"out", args->out, args->out_strides, is.batch, is.rows, args->heads_q, dim_v_of(args), of, 1, 0},
+        {"k", args->k, args->k_strides, is.pages, is.keys, args->heads_kv, args->head_dim, of, 1, 0},
+        {"v", args->v, args->v_strides, is.pages, is.keys, args->heads_kv, dim_v_of(args), of, 1, 0},
+        {"mask", args->mask, args->mask_strides, args->mask ? is.batch : 0, is.rows, args->heads_q, keys, 16, 2, 1},
+        {"bias", args->bias, args->bias_strides, args->bias ? is.batch : 0, is.rows, args->heads_q, keys, 16, 2, 0},
+    };
+    NEEDS(args->lse != NULL || is.batch == 0 || is.rows == 0, "lse: got null, needs an address");
+    return check_layouts(tensors, sizeof tensors / sizeof *tensors, args, kernel);
+}
+
+static int check_grads(const regard_attention_args *args, const regard_attention_grads *grads, const struct kernel *kernel) {
+    struct extent is = extent_of(args);
+    int of = kernel->strides_of;
+    NEEDS(grads != NULL, "grads: got null, needs the gradients of a call");
+    NEEDS(grads->struct_size == sizeof *grads, "grads.struct_size: got %zu, needs %zu", grads->struct_size, sizeof *grads);
+    const struct layout tensors[] = {
+        {"grad_out", grads->grad_out, grads->grad_out_strides, is.batch, is.rows, args->heads_q, dim_v_of(args), of, 1, 0},
+        {"dq", grads->dq, grads->dq_strides, is.batch, is.rows, args->heads_q, args->head_dim, of, 1, 0},
+        {"dk", grads->dk, grads->dk_strides, is.pages, is.keys, args->heads_kv, args->head_dim, of, 1, 0},
+        {"dv", grads->dv, grads->dv_strides, is.pages, is.keys, args->heads_kv, dim_v_of(args), of, 1, 0},
+    };
+    NEEDS(grads->scratch != NULL || is.batch == 0 || is.rows == 0, "scratch: got null, needs an address");
+    return check_layouts(tensors, sizeof tensors / sizeof *tensors, args, kernel);
+}
+
+/* The number of programs of a launch; 0 where there is nothing to write. */
+static int64_t programs_of(const regard_attention_args *args, const struct kernel *kernel) {
+    struct extent is = extent_of(args);
+    int of_keys = kernel->step == STEP_keys;
+    if ((of_keys ? is.keys : is.rows) == 0) return 0;
+    int64_t rows = of_keys ? args->seqlen_k : kernel->step == STEP_row_terms ? is.rows : args->seqlen_q;
+    int64_t heads = (kernel->step == STEP_row_terms ? is.batch : args->batch) * (of_keys ? args->heads_kv : args->heads_q);
+    return (rows + kernel->rows - 1) / kernel->rows * heads;
+}
+
+/* Check all of a call but its tensors, and find the kernel of a step. */
+static int prepare(const regard_library *library, const regard_attention_args *args, int step, int *index) {
     NEEDS(library != NULL, "library: got null, needs one that regard_open made");
     NEEDS(args != NULL, "args: got null, needs a call");
     int status = check_sizes(args);
     if (!status) status = check_semantics(args);
-    if (!status) status = find_kernel(library, args, index);
-    if (status || programs_of(args, &kernels[*index]) == 0) return status;
+    if (!status) status = find_kernel(library, args, step, index);
+    if (status) return status;
     NEEDS(args->batch <= INT32_MAX / args->heads_q && programs_of(args, &kernels[*index]) <= INT32_MAX,
-          "batch, heads_q, seqlen_q: got %d, %d and %d, needs fewer blocks of %d queries than 2**31", args->batch, args->heads_q,
+          "batch, heads_q, seqlen_q: got %d, %d and %d, needs fewer blocks of %d rows than 2**31", args->batch, args->heads_q,
           args->seqlen_q, kernels[*index].rows);
+    return REGARD_OK;
+}
+
+static int prepare_forward(const regard_library *library, const regard_attention_args *args, int *index) {
+    int status = prepare(library, args, STEP_forward, index);
+    if (status || programs_of(args, &kernels[*index]) == 0) return status;
     return check_tensors(args, &kernels[*index]);
 }
 
 int regard_attention_check(const regard_library *library, const regard_attention_args *args) {
     int index;
-    return prepare(library, args, &index);
+    return prepare_forward(library, args, &index);
 }
 
 /* --- launching it */
 
 static int32_t bounded(int32_t side, int64_t reach) { return side < 0 || side > reach ? (int32_t)reach : side; }
 
+static void fill_strides(union value *values, int first, const int64_t *strides, int packed) {
+    values[first].i64 = packed ? 0 : strides[0];
+    values[first + 1].i32 = (int32_t)strides[1];
+    values[first + 2].i64 = strides[2];
+}
+
+static void fill_pair_strides(union value *values, int first, const int64_t *strides) {
+    values[first].i64 = strides[0];
+    values[first + 1].i64 = strides[1];
+    values[first + 2].i32 = (int32_t)strides[2];
+}
+
 static void fill(const regard_attention_args *args, union value *values) {
     int packed = args->cu_seqlens_q != NULL;
-    int64_t lse_row = packed ? args->total_q : args->seqlen_q;
+    int64_t lse_row = extent_of(args).rows;
     int64_t reach = (int64_t)args->seqlen_q + args->seqlen_k; /* a side of the band as far bounds nothing */
-    int32_t right = bounded(args->window_right, reach);
 
     values[SLOT_q_ptr].pointer = args->q;
     values[SLOT_k_ptr].pointer = args->k;
@@ -412,56 +460,81 @@ static void fill(const regard_attention_args *args, union value *values) {
     values[SLOT_kv_lens_ptr].pointer = args->kv_lens;
     values[SLOT_block_table_ptr].pointer = args->block_table;
 
-    values[SLOT_q_strides_0].i64 = packed ? 0 : args->q_strides[0];
-    values[SLOT_q_strides_1].i32 = (int32_t)args->q_strides[1];
-    values[SLOT_q_strides_2].i64 = args->q_strides[2];
-    values[SLOT_k_strides_0].i64 = packed ? 0 : args->k_strides[0];
-    values[SLOT_k_strides_1].i32 = (int32_t)args->k_strides[1];
-    values[SLOT_k_strides_2].i64 = args->k_strides[2];
-    values[SLOT_v_strides_0].i64 = packed ? 0 : args->v_strides[0];
-    values[SLOT_v_strides_1].i32 = (int32_t)args->v_strides[1];
-    values[SLOT_v_strides_2].i64 = args->v_strides[2];
-    values[SLOT_out_strides_0].i64 = packed ? 0 : args->out_strides[0];
-    values[SLOT_out_strides_1].i32 = (int32_t)args->out_strides[1];
-    values[SLOT_out_strides_2].i64 = args->out_strides[2];
+    fill_strides(values, SLOT_q_strides_0, args->q_strides, packed);
+    fill_strides(values, SLOT_k_strides_0, args->k_strides, packed);
+    fill_strides(values, SLOT_v_strides_0, args->v_strides, packed);
+    fill_strides(values, SLOT_out_strides_0, args->out_strides, packed);
+    fill_pair_strides(values, SLOT_mask_strides_0, args->mask_strides);
+    fill_pair_strides(values, SLOT_bias_strides_0, args->bias_strides);
     values[SLOT_lse_strides_0].i64 = packed ? 0 : lse_row * args->heads_q;
     values[SLOT_lse_strides_1].i64 = lse_row;
-    values[SLOT_mask_strides_0].i64 = args->mask_strides[0];
-    values[SLOT_mask_strides_1].i64 = args->mask_strides[1];
-    values[SLOT_mask_strides_2].i32 = (int32_t)args->mask_strides[2];
-    values[SLOT_bias_strides_0].i64 = args->bias_strides[0];
-    values[SLOT_bias_strides_1].i64 = args->bias_strides[1];
-    values[SLOT_bias_strides_2].i32 = (int32_t)args->bias_strides[2];
     values[SLOT_alibi_strides_0].i64 = args->alibi_batch_stride;
     values[SLOT_block_table_stride].i64 = args->block_table_stride;
 
     values[SLOT_heads_q].i32 = args->heads_q;
+    values[SLOT_heads_kv].i32 = args->heads_kv;
     values[SLOT_group].i32 = args->heads_q / args->heads_kv;
     values[SLOT_seqlen_q].i32 = args->seqlen_q;
     values[SLOT_seqlen_k].i32 = args->seqlen_k;
     values[SLOT_total_q].i32 = args->total_q;
     values[SLOT_total_k].i32 = args->total_k;
+    values[SLOT_rows].i32 = (int32_t)lse_row;
     values[SLOT_readable_k].i32 = (args->seqlen_k + 15) / 16 * 16;
     values[SLOT_page_size].i32 = args->page_size;
     values[SLOT_softmax_scale].fp32 = args->softmax_scale > 0 ? args->softmax_scale : 1.0f / sqrtf((float)args->head_dim);
     values[SLOT_softcap].fp32 = args->softcap;
     values[SLOT_window_left].i32 = bounded(args->window_left, reach);
-    values[SLOT_window_right].i32 = args->causal ? 0 : right;
+    values[SLOT_window_right].i32 = args->causal ? 0 : bounded(args->window_right, reach);
     values[SLOT_scratch].pointer = NULL;
 }
 
-int regard_attention_forward(const regard_library *library, const regard_attention_args *args, void *stream) {
-    int index;
-    int status = prepare(library, args, &index);
-    if (status) return status;
+static void fill_grads(const regard_attention_args *args, const regard_attention_grads *grads, union value *values) {
+    int packed = args->cu_seqlens_q != NULL;
+    struct extent is = extent_of(args);
+    values[SLOT_grad_out_ptr].pointer = grads->grad_out;
+    values[SLOT_dq_ptr].pointer = grads->dq;
+    values[SLOT_dk_ptr].pointer = grads->dk;
+    values[SLOT_dv_ptr].pointer = grads->dv;
+    values[SLOT_row_lse_ptr].pointer = grads->scratch;
+    values[SLOT_delta_ptr].pointer = grads->scratch + is.batch * args->heads_q * is.rows;
+    fill_strides(values, SLOT_grad_out_strides_0, grads->grad_out_strides, packed);
+    fill_strides(values, SLOT_dq_strides_0, grads->dq_strides, packed);
+    fill_strides(values, SLOT_dk_strides_0, grads->dk_strides, packed);
+    fill_strides(values, SLOT_dv_strides_0, grads->dv_strides, packed);
+}
+
+static int launch(const regard_library *library, int index, const regard_attention_args *args, union value *values, void *stream) {
     const struct kernel *kernel = &kernels[index];
     int64_t programs = programs_of(args, kernel);
-    if (programs == 0) return REGARD_OK;
-    union value values[SLOT_COUNT];
     void *parameters[SLOT_COUNT + 2];
-    fill(args, values);
+    if (programs == 0) return REGARD_OK;
     for (int i = 0; i < kernel->slot_count; i++) parameters[i] = &values[kernel->slots[i]];
     int error = library->driver.launch(library->functions[index], (unsigned)programs, 1, 1, kernel->threads, 1, 1, kernel->shared,
                                        stream, parameters, NULL);
     return error ? driver_error(&library->driver, "launching the kernel", error) : REGARD_OK;
+}
+
+int regard_attention_forward(const regard_library *library, const regard_attention_args *args, void *stream) {
+    union value values[SLOT_COUNT];
+    int index;
+    int status = prepare_forward(library, args, &index);
+    if (status) return status;
+    fill(args, values);
+    return launch(library, index, args, values, stream);
+}
+
+int regard_attention_backward(const regard_library *library, const regard_attention_args *args,
+                              const regard_attention_grads *grads, void *stream) {
+    static const int steps[] = {STEP_row_terms, STEP_keys, STEP_queries};
+    enum { STEPS = sizeof steps / sizeof *steps };
+    union value values[SLOT_COUNT];
+    int index[STEPS], status = REGARD_OK;
+    for (int i = 0; !status && i < STEPS; i++) status = prepare(library, args, steps[i], &index[i]);
+    if (!status) status = check_tensors(args, &kernels[index[0]]);
+    if (!status) status = check_grads(args, grads, &kernels[index[0]]);
+    if (status) return status;
+    fill(args, values);
+    fill_grads(args, grads, values);
+    for (int i = 0; !status && i < STEPS; i++) status = launch(library, index[i], args, values, stream);
+    return status;
 }

@@ -93,6 +93,20 @@ typedef struct regard_attention_args {
     int32_t page_size;          /* keys a page */
 } regard_attention_args;
 
+/* The gradients of a call. Strides as those of q, k, v and out, and as many elements side by side. */
+typedef struct regard_attention_grads {
+    size_t struct_size;   /* sizeof(regard_attention_grads) */
+    const void *grad_out; /* as out */
+    void *dq;             /* as q; of packed sequences only rows that belong to one are written */
+    void *dk;             /* as k */
+    void *dv;             /* as v */
+    int64_t grad_out_strides[3];
+    int64_t dq_strides[3];
+    int64_t dk_strides[3];
+    int64_t dv_strides[3];
+    float *scratch; /* twice as long as lse */
+} regard_attention_grads;
+
 typedef struct regard_library regard_library; /* kernels loaded on one device */
 
 /* Load the kernels for the current device (CUDA: into the current context, which must be there).
@@ -113,6 +127,11 @@ REGARD_API int regard_attention_check(const regard_library *library, const regar
  * Writes out and lse: 0 and -infinity in rows that see no key. From several threads at once it is safe.
  * Returns what regard_attention_check does, or REGARD_DRIVER. */
 REGARD_API int regard_attention_forward(const regard_library *library, const regard_attention_args *args, void *stream);
+
+/* Launch the gradients of q, k and v on a stream, given out and lse of the forward; bitwise repeatable. Bias and sinks
+ * count, but get none. Returns what regard_attention_forward does. */
+REGARD_API int regard_attention_backward(const regard_library *library, const regard_attention_args *args,
+                                         const regard_attention_grads *grads, void *stream);
 
 /* What went wrong last in this thread: one sentence, valid until the next call. */
 REGARD_API const char *regard_last_error(void);
