@@ -53,10 +53,10 @@ static int launch(void *found, unsigned x, unsigned y, unsigned z, unsigned thre
     return callback(asked->module, asked->name, x, threads, shared, stream, parameters);
 }
 
-#define LAUNCH                                                                                                            \
-    (void *found, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned block_y, unsigned block_z,               \
-     unsigned shared, void *stream, void **parameters, void **extra) {                                                    \
-        return launch(found, x, y, z, threads, block_y, block_z, shared, stream, parameters, extra);                     \
+#define LAUNCH                                                                                              \
+    (void *found, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned block_y, unsigned block_z, \
+     unsigned shared, void *stream, void **parameters, void **extra) {                                      \
+        return launch(found, x, y, z, threads, block_y, block_z, shared, stream, parameters, extra);        \
     }
 
 int cuInit(unsigned flags) { return (int)flags; }
@@ -68,8 +68,7 @@ int cuFuncSetAttribute(void *found, int attribute, int value) {
     ((struct function *)found)->shared = value;
     return 0;
 }
-int cuLaunchKernel LAUNCH
-int cuGetErrorString(int error, const char **text) {
+int cuLaunchKernel LAUNCH int cuGetErrorString(int error, const char **text) {
     *text = error == 1 ? "invalid argument" : "something else";
     return 0;
 }
@@ -77,5 +76,6 @@ int cuGetErrorString(int error, const char **text) {
 int hipModuleLoadData(void **module, const void *image) { return load(module, image); }
 int hipModuleUnload(void *module) { return unload(module); }
 int hipModuleGetFunction(void **found, void *module, const char *name) { return function(found, module, name); }
-int hipModuleLaunchKernel LAUNCH
-const char *hipGetErrorString(int error) { return error == 1 ? "hipErrorInvalidValue" : "something else"; }
+int hipModuleLaunchKernel LAUNCH const char *hipGetErrorString(int error) {
+    return error == 1 ? "hipErrorInvalidValue" : "something else";
+}

@@ -1,4 +1,4 @@
-/* Checks a call, picks its kernel, launches it. See regard_attention.h; `regard export` wrote the kernels beside this. */
+/* Checks a call, picks its kernel, launches it: see regard_attention.h. */
 #include "regard_attention.h"
 
 #include <dlfcn.h>
@@ -13,10 +13,10 @@ struct kernel {
     const char *arch;
     int step; /* of the forward, or of the backward */
     int dtype, head_dim, head_dim_v;
-    unsigned features;   /* exactly those that a call has */
-    int strides_of;      /* what strides of q, k, v and out are multiples of */
-    int64_t most_bytes;  /* that q, k, v, out, mask or bias may span; 0 is no limit */
-    int rows;            /* queries of one program, or keys in the step that is of keys */
+    unsigned features;  /* exactly those that a call has */
+    int strides_of;     /* what strides of q, k, v and out are multiples of */
+    int64_t most_bytes; /* that q, k, v, out, mask or bias may span; 0 is no limit */
+    int rows;           /* queries of one program, or keys in the step that is of keys */
     unsigned threads, shared;
     const char *name;
     const unsigned char *image;
@@ -24,7 +24,7 @@ struct kernel {
     int slot_count;
 };
 
-#include "regard_kernels.h"
+#include "regard_kernels.h" /* of `regard export` */
 
 enum { KERNEL_COUNT = sizeof kernels / sizeof *kernels, FEATURE_COUNT = sizeof feature_names / sizeof *feature_names };
 
@@ -68,9 +68,9 @@ static int refuse(int status, const char *format, ...) {
     return status;
 }
 
-#define NEEDS(holds, ...)                                           \
-    do {                                                            \
-        if (!(holds)) return refuse(REGARD_INVALID, __VA_ARGS__);   \
+#define NEEDS(holds, ...)                                         \
+    do {                                                          \
+        if (!(holds)) return refuse(REGARD_INVALID, __VA_ARGS__); \
     } while (0)
 
 const char *regard_last_error(void) { return last_error; }
@@ -86,7 +86,8 @@ static int driver_error(const struct driver *driver, const char *what, int error
 #else
     driver->error_string(error, &text);
 #endif
-    return refuse(REGARD_DRIVER, "%s: error %d of the driver, %s", what, error, text ? text : "which it has no text for");
+    return refuse(REGARD_DRIVER, "%s: error %d of the driver, %s", what, error,
+                  text ? text : "which it has no text for");
 }
 
 static int find_driver(struct driver *driver) {
@@ -100,10 +101,8 @@ static int find_driver(struct driver *driver) {
         void *place;
     } wanted[] = {
 #if REGARD_HIP
-        {"hipModuleLoadData", &driver->load},
-        {"hipModuleUnload", &driver->unload},
-        {"hipModuleGetFunction", &driver->function},
-        {"hipModuleLaunchKernel", &driver->launch},
+        {"hipModuleLoadData", &driver->load},         {"hipModuleUnload", &driver->unload},
+        {"hipModuleGetFunction", &driver->function},  {"hipModuleLaunchKernel", &driver->launch},
         {"hipGetErrorString", &driver->error_string},
 #else
         {"cuModuleLoadData", &driver->load},
@@ -116,7 +115,8 @@ static int find_driver(struct driver *driver) {
 #endif
     };
     void *file = NULL;
-    for (size_t i = 0; file == NULL && i < sizeof files / sizeof *files; i++) file = dlopen(files[i], RTLD_NOW | RTLD_LOCAL);
+    for (size_t i = 0; file == NULL && i < sizeof files / sizeof *files; i++)
+        file = dlopen(files[i], RTLD_NOW | RTLD_LOCAL);
     if (file == NULL) return refuse(REGARD_DRIVER, "%s: not found, or not loaded: %s", files[0], dlerror());
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         void *found = dlsym(file, wanted[i].name);
@@ -166,7 +166,8 @@ static int load_kernels(regard_library *library) {
         int status = load_kernel(library, i);
         if (status) return status;
     }
-    if (library->arch == NULL) return refuse(REGARD_UNSUPPORTED, "arch: no kernel is for this device; needs one of %s", architectures);
+    if (library->arch == NULL)
+        return refuse(REGARD_UNSUPPORTED, "arch: no kernel is for this device; needs one of %s", architectures);
     return REGARD_OK;
 }
 
@@ -202,6 +203,7 @@ void regard_close(regard_library *library) {
 /* --- what a call is */
 
 void regard_attention_args_init(regard_attention_args *args) {
+    if (args == NULL) return;
     memset(args, 0, sizeof *args);
     args->struct_size = sizeof *args;
     args->window_left = args->window_right = -1;
@@ -258,7 +260,8 @@ static int find_kernel(const regard_library *library, const regard_attention_arg
         length += snprintf(last_error + length, sizeof last_error - (size_t)length, "%s %s", separator, kind);
         separator = ",";
     }
-    if (*separator == 0) return refuse(REGARD_UNSUPPORTED, "kernel: got a %s, needs a library with kernels for it", pass);
+    if (*separator == 0)
+        return refuse(REGARD_UNSUPPORTED, "kernel: got a %s, needs a library with kernels for it", pass);
     return REGARD_UNSUPPORTED;
 }
 
@@ -267,7 +270,8 @@ static int find_kernel(const regard_library *library, const regard_attention_arg
 static int check_sizes(const regard_attention_args *args) {
     NEEDS(args->struct_size == sizeof *args, "struct_size: got %zu, needs %zu: call regard_attention_args_init",
           args->struct_size, sizeof *args);
-    NEEDS(args->dtype >= REGARD_FLOAT16 && args->dtype <= REGARD_FLOAT32, "dtype: got %d, needs REGARD_FLOAT16, ...", args->dtype);
+    NEEDS(args->dtype >= REGARD_FLOAT16 && args->dtype <= REGARD_FLOAT32, "dtype: got %d, needs REGARD_FLOAT16, ...",
+          args->dtype);
     NEEDS(args->batch >= 0, "batch: got %d, needs at least 0", args->batch);
     NEEDS(args->seqlen_q >= 0, "seqlen_q: got %d, needs at least 0", args->seqlen_q);
     NEEDS(args->seqlen_k >= 0, "seqlen_k: got %d, needs at least 0", args->seqlen_k);
@@ -276,8 +280,8 @@ static int check_sizes(const regard_attention_args *args) {
           args->heads_kv, args->heads_q);
     NEEDS(args->head_dim > 0, "head_dim: got %d, needs at least 1", args->head_dim);
     NEEDS(args->head_dim_v >= 0, "head_dim_v: got %d, needs at least 1, or 0 for head_dim", args->head_dim_v);
-    NEEDS((int64_t)args->seqlen_q + args->seqlen_k < INT32_MAX - 1024, "seqlen_q, seqlen_k: got %d and %d, needs less than 2**31 together",
-          args->seqlen_q, args->seqlen_k);
+    NEEDS((int64_t)args->seqlen_q + args->seqlen_k < INT32_MAX - 1024,
+          "seqlen_q, seqlen_k: got %d and %d, needs less than 2**31 together", args->seqlen_q, args->seqlen_k);
     return REGARD_OK;
 }
 
@@ -285,13 +289,14 @@ static int check_semantics(const regard_attention_args *args) {
     float most = args->dtype == REGARD_FLOAT32 ? 128.0f : 4096.0f; /* the kernels' tanh is too coarse beyond */
     NEEDS(isfinite(args->softmax_scale) && args->softmax_scale >= 0,
           "softmax_scale: got %g, needs a positive number, or 0 for head_dim ** -0.5", (double)args->softmax_scale);
-    NEEDS(args->softcap == 0 || (args->softcap >= 1e-6f && args->softcap <= most), "softcap: got %g, needs 0 or 1e-06 to %g",
-          (double)args->softcap, (double)most);
+    NEEDS(args->softcap == 0 || (args->softcap >= 1e-6f && args->softcap <= most),
+          "softcap: got %g, needs 0 or 1e-06 to %g", (double)args->softcap, (double)most);
     NEEDS(args->window_left >= -1, "window_left: got %d, needs at least 0, or -1 for no limit", args->window_left);
     NEEDS(args->window_right >= -1, "window_right: got %d, needs at least 0, or -1 for no limit", args->window_right);
     NEEDS(!args->cu_seqlens_q == !args->cu_seqlens_k, "cu_seqlens_q, cu_seqlens_k: got one, needs both or neither");
     if (args->cu_seqlens_q) {
-        NEEDS(!args->kv_lens && !args->block_table, "kv_lens, block_table: got one together with cu_seqlens, needs one or the other");
+        NEEDS(!args->kv_lens && !args->block_table,
+              "kv_lens, block_table: got one together with cu_seqlens, needs one or the other");
         NEEDS(!args->mask && !args->bias, "mask, bias: got one together with cu_seqlens, needs none");
         NEEDS(args->total_q >= 0, "total_q: got %d, needs at least 0", args->total_q);
         NEEDS(args->total_k >= 0, "total_k: got %d, needs at least 0", args->total_k);
@@ -300,9 +305,11 @@ static int check_semantics(const regard_attention_args *args) {
         NEEDS(args->kv_lens, "kv_lens: got null, needs the lengths of sequences in pages");
         NEEDS(args->page_size > 0, "page_size: got %d, needs at least 1", args->page_size);
         NEEDS(args->num_pages > 0, "num_pages: got %d, needs at least 1", args->num_pages);
-        NEEDS(args->block_table_stride >= 0, "block_table_stride: got %lld, needs at least 0", (long long)args->block_table_stride);
+        NEEDS(args->block_table_stride >= 0, "block_table_stride: got %lld, needs at least 0",
+              (long long)args->block_table_stride);
     }
-    NEEDS(args->alibi_batch_stride >= 0, "alibi_batch_stride: got %lld, needs at least 0", (long long)args->alibi_batch_stride);
+    NEEDS(args->alibi_batch_stride >= 0, "alibi_batch_stride: got %lld, needs at least 0",
+          (long long)args->alibi_batch_stride);
     return REGARD_OK;
 }
 
@@ -312,41 +319,43 @@ struct layout {
     const void *address;
     const int64_t *strides;
     int64_t batch, rows, heads, row_length;
-    int strides_of, row, itemsize; /* what strides are multiples of; which of them is the rows'; 0: the call's dtype's */
+    int strides_of; /* what strides are multiples of */
+    int row;        /* which of them is the rows' */
+    int itemsize;
 };
 
 /* Rows further apart would take 32-bit offsets inside a tile too far. */
 enum { MOST_ROW_STRIDE = INT32_MAX / 256 - 1, ALIGNMENT = 16 };
 
-static int check_layout(const struct layout *tensor, int64_t most_bytes, int itemsize) {
+static int check_layout(const struct layout *tensor, int64_t most_bytes) {
+    if (tensor->batch == 0 || tensor->rows == 0 || tensor->row_length == 0) return REGARD_OK; /* nothing is touched */
     NEEDS(tensor->address != NULL, "%s: got null, needs an address", tensor->name);
-    NEEDS((uintptr_t)tensor->address % ALIGNMENT == 0, "%s: got an address that is no multiple of %d", tensor->name, ALIGNMENT);
-    const int64_t sizes[] = {tensor->batch, tensor->row == 1 ? tensor->rows : tensor->heads, tensor->row == 1 ? tensor->heads : tensor->rows};
-    double last = (double)tensor->row_length;
+    NEEDS((uintptr_t)tensor->address % ALIGNMENT == 0, "%s: got an address that is no multiple of %d", tensor->name,
+          ALIGNMENT);
+    const int64_t sizes[] = {tensor->batch, tensor->row == 1 ? tensor->rows : tensor->heads,
+                             tensor->row == 1 ? tensor->heads : tensor->rows};
+    double bytes = (double)(tensor->row_length * tensor->itemsize);
     for (int i = 0; i < 3; i++) {
         long long stride = tensor->strides[i];
         if (sizes[i] < 2) continue;
-        NEEDS(stride >= 0 && stride % tensor->strides_of == 0, "%s_strides[%d]: got %lld, needs a multiple of %d", tensor->name, i,
-              stride, tensor->strides_of);
-        NEEDS(i != tensor->row || stride <= MOST_ROW_STRIDE, "%s_strides[%d]: got %lld, needs at most %d", tensor->name, i, stride,
-              MOST_ROW_STRIDE);
-        last += (double)(sizes[i] - 1) * (double)stride;
+        NEEDS(stride >= 0 && stride % tensor->strides_of == 0, "%s_strides[%d]: got %lld, needs a multiple of %d",
+              tensor->name, i, stride, tensor->strides_of);
+        NEEDS(i != tensor->row || stride <= MOST_ROW_STRIDE, "%s_strides[%d]: got %lld, needs at most %d", tensor->name,
+              i, stride, MOST_ROW_STRIDE);
+        bytes += (double)(sizes[i] - 1) * (double)stride * tensor->itemsize;
     }
-    if (most_bytes && last * itemsize > (double)most_bytes)
-        return refuse(REGARD_UNSUPPORTED, "%s: got %.0f bytes from its first to its last element, needs at most %lld", tensor->name,
-                      last * itemsize, (long long)most_bytes);
+    if (most_bytes && bytes > (double)most_bytes)
+        return refuse(REGARD_UNSUPPORTED, "%s: got %.0f bytes from its first to its last element, needs at most %lld",
+                      tensor->name, bytes, (long long)most_bytes);
     return REGARD_OK;
 }
 
 static int itemsize_of(int dtype) { return dtype == REGARD_FLOAT32 ? 4 : 2; }
 
-static int check_layouts(const struct layout *tensors, int count, const regard_attention_args *args, const struct kernel *kernel) {
-    for (int i = 0; i < count; i++) {
-        if (tensors[i].batch == 0 || tensors[i].rows == 0 || tensors[i].row_length == 0) continue; /* nothing is touched */
-        int status = check_layout(&tensors[i], kernel->most_bytes, tensors[i].itemsize ? tensors[i].itemsize : itemsize_of(args->dtype));
-        if (status) return status;
-    }
-    return REGARD_OK;
+static int check_layouts(const struct layout *tensors, int count, const struct kernel *kernel) {
+    int status = REGARD_OK;
+    for (int i = 0; !status && i < count; i++) status = check_layout(&tensors[i], kernel->most_bytes);
+    return status;
 }
 
 /* Rows and batch entries of queries and of keys, as they lie in memory. */
@@ -362,32 +371,34 @@ static struct extent extent_of(const regard_attention_args *args) {
 
 static int check_tensors(const regard_attention_args *args, const struct kernel *kernel) {
     struct extent is = extent_of(args);
-    int of = kernel->strides_of, keys = args->seqlen_k;
+    int of = kernel->strides_of, size = itemsize_of(args->dtype), keys = args->seqlen_k;
     const struct layout tensors[] = {
-        {"q", args->q, args->q_strides, is.batch, is.rows, args->heads_q, args->head_dim, of, 1, 0},
-        {"out", args->out, args->out_strides, is.batch, is.rows, args->heads_q, dim_v_of(args), of, 1, 0},
-        {"k", args->k, args->k_strides, is.pages, is.keys, args->heads_kv, args->head_dim, of, 1, 0},
-        {"v", args->v, args->v_strides, is.pages, is.keys, args->heads_kv, dim_v_of(args), of, 1, 0},
+        {"q", args->q, args->q_strides, is.batch, is.rows, args->heads_q, args->head_dim, of, 1, size},
+        {"out", args->out, args->out_strides, is.batch, is.rows, args->heads_q, dim_v_of(args), of, 1, size},
+        {"k", args->k, args->k_strides, is.pages, is.keys, args->heads_kv, args->head_dim, of, 1, size},
+        {"v", args->v, args->v_strides, is.pages, is.keys, args->heads_kv, dim_v_of(args), of, 1, size},
         {"mask", args->mask, args->mask_strides, args->mask ? is.batch : 0, is.rows, args->heads_q, keys, 16, 2, 1},
-        {"bias", args->bias, args->bias_strides, args->bias ? is.batch : 0, is.rows, args->heads_q, keys, 16, 2, 0},
+        {"bias", args->bias, args->bias_strides, args->bias ? is.batch : 0, is.rows, args->heads_q, keys, 16, 2, size},
     };
     NEEDS(args->lse != NULL || is.batch == 0 || is.rows == 0, "lse: got null, needs an address");
-    return check_layouts(tensors, sizeof tensors / sizeof *tensors, args, kernel);
+    return check_layouts(tensors, sizeof tensors / sizeof *tensors, kernel);
 }
 
-static int check_grads(const regard_attention_args *args, const regard_attention_grads *grads, const struct kernel *kernel) {
+static int check_grads(const regard_attention_args *args, const regard_attention_grads *grads,
+                       const struct kernel *kernel) {
     struct extent is = extent_of(args);
-    int of = kernel->strides_of;
+    int of = kernel->strides_of, size = itemsize_of(args->dtype), dim_v = dim_v_of(args);
     NEEDS(grads != NULL, "grads: got null, needs the gradients of a call");
-    NEEDS(grads->struct_size == sizeof *grads, "grads.struct_size: got %zu, needs %zu", grads->struct_size, sizeof *grads);
+    NEEDS(grads->struct_size == sizeof *grads, "grads.struct_size: got %zu, needs %zu", grads->struct_size,
+          sizeof *grads);
     const struct layout tensors[] = {
-        {"grad_out", grads->grad_out, grads->grad_out_strides, is.batch, is.rows, args->heads_q, dim_v_of(args), of, 1, 0},
-        {"dq", grads->dq, grads->dq_strides, is.batch, is.rows, args->heads_q, args->head_dim, of, 1, 0},
-        {"dk", grads->dk, grads->dk_strides, is.pages, is.keys, args->heads_kv, args->head_dim, of, 1, 0},
-        {"dv", grads->dv, grads->dv_strides, is.pages, is.keys, args->heads_kv, dim_v_of(args), of, 1, 0},
+        {"grad_out", grads->grad_out, grads->grad_out_strides, is.batch, is.rows, args->heads_q, dim_v, of, 1, size},
+        {"dq", grads->dq, grads->dq_strides, is.batch, is.rows, args->heads_q, args->head_dim, of, 1, size},
+        {"dk", grads->dk, grads->dk_strides, is.pages, is.keys, args->heads_kv, args->head_dim, of, 1, size},
+        {"dv", grads->dv, grads->dv_strides, is.pages, is.keys, args->heads_kv, dim_v, of, 1, size},
     };
     NEEDS(grads->scratch != NULL || is.batch == 0 || is.rows == 0, "scratch: got null, needs an address");
-    return check_layouts(tensors, sizeof tensors / sizeof *tensors, args, kernel);
+    return check_layouts(tensors, sizeof tensors / sizeof *tensors, kernel);
 }
 
 /* The number of programs of a launch; 0 where there is nothing to write. */
@@ -396,7 +407,8 @@ static int64_t programs_of(const regard_attention_args *args, const struct kerne
     int of_keys = kernel->step == STEP_keys;
     if ((of_keys ? is.keys : is.rows) == 0) return 0;
     int64_t rows = of_keys ? args->seqlen_k : kernel->step == STEP_row_terms ? is.rows : args->seqlen_q;
-    int64_t heads = (kernel->step == STEP_row_terms ? is.batch : args->batch) * (of_keys ? args->heads_kv : args->heads_q);
+    int64_t heads =
+        (kernel->step == STEP_row_terms ? is.batch : args->batch) * (of_keys ? args->heads_kv : args->heads_q);
     return (rows + kernel->rows - 1) / kernel->rows * heads;
 }
 
@@ -409,8 +421,8 @@ static int prepare(const regard_library *library, const regard_attention_args *a
     if (!status) status = find_kernel(library, args, step, index);
     if (status) return status;
     NEEDS(args->batch <= INT32_MAX / args->heads_q && programs_of(args, &kernels[*index]) <= INT32_MAX,
-          "batch, heads_q, seqlen_q: got %d, %d and %d, needs fewer blocks of %d rows than 2**31", args->batch, args->heads_q,
-          args->seqlen_q, kernels[*index].rows);
+          "batch, heads_q, seqlen_q: got %d, %d and %d, needs fewer blocks of %d rows than 2**31", args->batch,
+          args->heads_q, args->seqlen_q, kernels[*index].rows);
     return REGARD_OK;
 }
 
@@ -481,7 +493,8 @@ static void fill(const regard_attention_args *args, union value *values) {
     values[SLOT_rows].i32 = (int32_t)lse_row;
     values[SLOT_readable_k].i32 = (args->seqlen_k + 15) / 16 * 16;
     values[SLOT_page_size].i32 = args->page_size;
-    values[SLOT_softmax_scale].fp32 = args->softmax_scale > 0 ? args->softmax_scale : 1.0f / sqrtf((float)args->head_dim);
+    values[SLOT_softmax_scale].fp32 =
+        args->softmax_scale > 0 ? args->softmax_scale : 1.0f / sqrtf((float)args->head_dim);
     values[SLOT_softcap].fp32 = args->softcap;
     values[SLOT_window_left].i32 = bounded(args->window_left, reach);
     values[SLOT_window_right].i32 = args->causal ? 0 : bounded(args->window_right, reach);
@@ -503,14 +516,15 @@ static void fill_grads(const regard_attention_args *args, const regard_attention
     fill_strides(values, SLOT_dv_strides_0, grads->dv_strides, packed);
 }
 
-static int launch(const regard_library *library, int index, const regard_attention_args *args, union value *values, void *stream) {
+static int launch(const regard_library *library, int index, const regard_attention_args *args, union value *values,
+                  void *stream) {
     const struct kernel *kernel = &kernels[index];
     int64_t programs = programs_of(args, kernel);
     void *parameters[SLOT_COUNT + 2];
     if (programs == 0) return REGARD_OK;
     for (int i = 0; i < kernel->slot_count; i++) parameters[i] = &values[kernel->slots[i]];
-    int error = library->driver.launch(library->functions[index], (unsigned)programs, 1, 1, kernel->threads, 1, 1, kernel->shared,
-                                       stream, parameters, NULL);
+    int error = library->driver.launch(library->functions[index], (unsigned)programs, 1, 1, kernel->threads, 1, 1,
+                                       kernel->shared, stream, parameters, NULL);
     return error ? driver_error(&library->driver, "launching the kernel", error) : REGARD_OK;
 }
 
