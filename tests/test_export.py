@@ -153,8 +153,12 @@ def test_on_amd(tmp_path):
     names = ["causal_bottom_right", "paged_decode", "paged_odd_page"]
     assert through_c(folder, dtype="float16", names=names) == {**dict.fromkeys(names), "still loaded": 0}
     too_long = dict(causal=1, batch=20_000, q_strides=(192 * 1000, 192, 32))
-    ((status, said, _),) = through_c(folder, overrides=[too_long])["calls"]
-    assert (status, said.split(":")[0]) == (UNSUPPORTED, "q") and "needs at most 2147483647" in said
+    too_many = dict(PAGED, block_table_stride=2**29)
+    answered = through_c(folder, overrides=[too_long, too_many])["calls"]
+    assert [(status, said.split(":")[0]) for status, said, _ in answered] == [
+        (UNSUPPORTED, "q"), (UNSUPPORTED, "block_table_stride"),
+    ]  # fmt: skip
+    assert all("needs at most 2147483647" in said for _, said, _ in answered)
 
 
 NOTHING = dict(q=0, k=0, v=0, out=0, lse=0)

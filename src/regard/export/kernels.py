@@ -70,6 +70,9 @@ _WIDE = {
 _ALIGNED = {f"{name}_ptr" for name in (*_ROWS, *_PAIRS)}
 """Addresses that must be multiples of 16."""
 
+_BUFFERS = {*_ALIGNED, "block_table_ptr"}
+"""Addresses that AMD's loads and stores of buffers, which take less of the registers, are worth it for."""
+
 SLOTS = (
     *(f"{name}_ptr" for name in (*_ROWS, *_PAIRS)),
     *(f"{name}_strides_{i}" for name in (*_ROWS, *_PAIRS) for i in range(3)),
@@ -183,7 +186,7 @@ def launches(config: AttentionConfig) -> dict[str, Launch]:
 
 def _compile(variant: Variant, arch: str, step: str, launch: Launch) -> Kernel:
     aligned = variant.head_dim % 16 == 0 and variant.head_dim_v % 16 == 0
-    buffers = arch.startswith("gfx")  # loads and stores that take less of the registers, with 32-bit offsets
+    buffers = arch.startswith("gfx")  # which have 32-bit offsets
     arguments = dict(_unspecialized(launch.kernel, launch.arguments, aligned, buffers))
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # which is half of an image and more
@@ -216,7 +219,7 @@ def _unspecialized(
             is_given = arguments.get(name.replace("_strides", "_ptr"), value) is not None
             yield name, tuple(_unknown_strides(name, len(value), aligned)) if is_given else (1,) * len(value)
         elif isinstance(value, torch.Tensor):
-            yield name, Unknown("*" + TYPE_NAMES[value.dtype], name in _ALIGNED, buffers and name in _ALIGNED)
+            yield name, Unknown("*" + TYPE_NAMES[value.dtype], name in _ALIGNED, buffers and name in _BUFFERS)
         elif isinstance(value, float):
             yield name, Unknown("fp32")
         else:

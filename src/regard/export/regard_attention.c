@@ -15,7 +15,7 @@ struct kernel {
     int dtype, head_dim, head_dim_v;
     unsigned features;  /* exactly those that a call has */
     int strides_of;     /* what strides of q, k, v and out are multiples of */
-    int64_t most_bytes; /* that q, k, v, out, mask or bias may span; 0 is no limit */
+    int64_t most_bytes; /* that a tensor may span; 0 is no limit */
     int rows;           /* queries of one program, or keys in the step that is of keys */
     unsigned threads, shared;
     const char *name;
@@ -381,6 +381,11 @@ static int check_tensors(const regard_attention_args *args, const struct kernel 
         {"bias", args->bias, args->bias_strides, args->bias ? is.batch : 0, is.rows, args->heads_q, keys, 16, 2, size},
     };
     NEEDS(args->lse != NULL || is.batch == 0 || is.rows == 0, "lse: got null, needs an address");
+    if (args->block_table && kernel->most_bytes &&
+        args->block_table_stride > kernel->most_bytes / 4 / (args->batch + 1))
+        return refuse(REGARD_UNSUPPORTED,
+                      "block_table_stride: got %lld for %d sequences, needs at most %lld bytes of it",
+                      (long long)args->block_table_stride, args->batch, (long long)kernel->most_bytes);
     return check_layouts(tensors, sizeof tensors / sizeof *tensors, kernel);
 }
 
