@@ -14,10 +14,11 @@ INSTALL := $(RUN) -m pip install --quiet --constraint $(VENV)/constraints.txt
 demo: $(VENV)/.worker
 	$(VENV)/bin/regard generate --model gemma3-270m "$(PROMPT)"
 
-# Two workers for two cores; the compile gate and the forward run again with the oldest supported Triton.
+# Two workers for two cores; the compile gate, the forward and its export run again with the oldest supported Triton.
 test: lint $(OLDEST)/.ready
 	$(RUN) -m pytest -q -n 2
-	$(OLDEST)/bin/python -m pytest -q -n 2 tests/arch tests/conformance -k "arch or (test_forward and flash and float16)"
+	$(OLDEST)/bin/python -m pytest -q -n 2 tests/arch tests/conformance tests/test_export.py \
+	  -k "arch or (test_forward and flash and float16) or conformance_through_c"
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
