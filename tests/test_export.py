@@ -114,6 +114,27 @@ def trainable(tmp_path_factory):
     return export(folder, "sm80", "--backward", features=GRADIENT_SETS)
 
 
+def check_random_calls(folder, backward=False):
+    """Run `fuzz.c` on a library: launches are what their calls say, and the C code does nothing undefined."""
+    (driver,) = (folder / name for name in DRIVERS.values() if (folder / name).exists())
+    program = folder / "fuzz"
+    command = ["cc", "-std=c11", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{folder}"]
+    subprocess.run(
+        [*command, "-o", str(program), str(HERE / "fuzz.c"), str(driver), f"-Wl,-rpath,{folder}", "-ldl", "-lm"],
+        check=True,
+    )
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    served, *_, served_backward, _, _ = map(int, done.stdout.split())
+    assert served > 5_000 and (served_backward > 5_000) == backward
+
+
+@with_fake_driver
+def test_random_calls(library, trainable):
+    check_random_calls(library)
+    check_random_calls(trainable, backward=True)
+
+
 @with_fake_driver
 def test_gradients_through_c(trainable):
     wanted = {**dict.fromkeys(GRADIENT_CASES), "still loaded": 0}
@@ -124,7 +145,11 @@ def test_gradients_through_c(trainable):
 def test_what_is_refused_of_gradients(trainable, library):
     refused = {
         "grads.struct_size: got 8": dict(struct_size=8),
-        "grad_out: got an address that": dict(grad_out=8),
+        "grad_out: got an address 8 past a multiple of 16, needs a multiple": dict(grad_out=8),
+        "scratch: got an address 2 past a multiple of 4": dict(scratch=2),
+        "dk_strides[0]: got 0, needs at least 32": dict(dk_strides=(0, 64, 32)),
+        "dv_strides[2]: got 16, needs at least 32": dict(dv_strides=(12800, 64, 16)),
+        "dq_strides[1]: got 0, needs at least 32": dict(dq_strides=(19200, 0, 32)),
         **{f"{name}: got null": dict.fromkeys([name], 0) for name in ("grad_out", "dq", "dk", "dv", "scratch")},
         "dk_strides[1]: got 63, needs a multiple of 16": dict(dk_strides=(12800, 63, 32)),
         "dq_strides[0]: got -16": dict(dq_strides=(-16, 192, 32)),
@@ -156,14 +181,19 @@ def test_on_amd(tmp_path):
     too_many = dict(PAGED, block_table_stride=2**29)
     answered = through_c(folder, overrides=[too_long, too_many])["calls"]
     assert [(status, said.split(":")[0]) for status, said, _ in answered] == [
-        (UNSUPPORTED, "q"), (UNSUPPORTED, "block_table_stride"),
+        (UNSUPPORTED, "q"), (UNSUPPORTED, "block_table"),
     ]  # fmt: skip
     assert all("needs at most 2147483647" in said for _, said, _ in answered)
+    check_random_calls(folder)
 
 
 NOTHING = dict(q=0, k=0, v=0, out=0, lse=0)
 PACKED = dict(cu_seqlens_q=4, cu_seqlens_k=4, total_q=150, total_k=300)
 PAGED = dict(causal=1, kv_lens=4, block_table=4, block_table_stride=9, num_pages=50, page_size=16)
+MORE_ADDRESSES = {
+    "lse": {}, "alibi_slopes": {}, "sinks": {}, "kv_lens": {}, "cu_seqlens_q": dict(PACKED),
+    "cu_seqlens_k": dict(PACKED), "block_table": dict(PAGED),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -202,7 +232,18 @@ PAGED = dict(causal=1, kv_lens=4, block_table=4, block_table_stride=9, num_pages
         *((dict.fromkeys([name], 0), INVALID, f"{name}: got null") for name in NOTHING),
         *((dict.fromkeys([name], 8), INVALID, f"{name}: got an address") for name in ("q", "k", "v", "out")),
         (dict(q_strides=(19200, 190, 32)), INVALID, "q_strides[1]: got 190, needs a multiple of 16"),
-        (dict(out_strides=(19200, 192, -32)), INVALID, "out_strides[2]: got -32"),
+        (dict(out_strides=(19200, 192, -32)), INVALID, "out_strides[2]: got -32, needs at least 32"),
+        (dict(out_strides=(0, 192, 32)), INVALID, "out_strides[0]: got 0, needs at least 32"),
+        (dict(out_strides=(19200, 192, 16)), INVALID, "out_strides[2]: got 16, needs at least 32"),
+        (dict(v_strides=(2**62, 64, 32)), UNSUPPORTED, "v: got 9223372036854800384 bytes from its first"),
+        (dict(PACKED, total_q=2**31 - 1), INVALID, "total_q: got 2147483647, needs 0 to 2147482623"),
+        (dict(PACKED, total_k=2**31 - 1), INVALID, "total_k: got 2147483647, needs 0 to 2147482623"),
+        (dict(PACKED, seqlen_q=0), INVALID, "seqlen_q: got 0 of 150 packed rows, needs the longest"),
+        (dict(PACKED, seqlen_k=0), INVALID, "seqlen_k: got 0 of 300 packed rows, needs the longest"),
+        *(
+            (dict(fields, **{name: 2}), INVALID, f"{name}: got an address 2 past a multiple of 4, needs")
+            for name, fields in MORE_ADDRESSES.items()
+        ),
         (dict(k_strides=(12800, 2**24, 32)), INVALID, "k_strides[1]: got 16777216, needs at most"),
         (dict(mask=16, mask_strides=(0, 0, 199)), INVALID, "mask_strides[2]: got 199, needs a multiple of 16"),
         (dict(mask=8), INVALID, "mask: got an address"),
@@ -296,8 +337,15 @@ def test_the_struct_is_what_other_languages_take_it_for(answers):
     assert answers["size"] == answers["expected"]
 
 
+def test_what_has_to_be_set_is_left_such_that_it_is_refused(answers):
+    assert answers["unset"] == [
+        "batch", "seqlen_q", "seqlen_k", "q_strides", "k_strides", "v_strides", "out_strides", "window_left",
+        "window_right", "mask_strides", "bias_strides", "total_q", "total_k", "block_table_stride",
+    ]  # fmt: skip
+
+
 def test_source_and_header_are_clean(library, tmp_path):
-    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
+    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
     subprocess.run(
         ["cc", "-std=c11", *warnings, "-c", str(library / SOURCE), "-o", str(tmp_path / "attention.o")], check=True
     )
@@ -382,6 +430,26 @@ def test_features_that_cannot_be(text):
         parse_features(text)
 
 
+PLAIN = ["--arch", "sm80", "--dtype", "float16", "--head-dim", "16", "--features", "plain"]
+
+
+def test_folders_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir(mode=0o555)
+    places = ["file", "file/inside"] + ["locked", "locked/inside"] * (os.geteuid() != 0)
+    for place in places:
+        done = command_line(tmp_path / place, *PLAIN)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert f"folder: got '{tmp_path / place}' (" in done.stderr and "that can be made and written to" in done.stderr
+
+
+def test_equal_kernels_are_compiled_once_and_a_compiler_that_fails_is_named(tmp_path):
+    twice = ["--features", "sinks+causal, causal+sinks,causal+causal+sinks"]
+    done = command_line(tmp_path, *PLAIN[:-2], *twice, "--compiler", "false")
+    assert done.returncode == 2 and "compiler: got 'false', which failed on" in done.stderr
+    assert (tmp_path / "regard_kernels.h").read_text().count("static const unsigned char image_") == 1
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -390,6 +458,7 @@ def test_features_that_cannot_be(text):
         (["--arch", "sm90", "--dtype", "int8"], "dtype: got 'int8', needs one of float16"),
         (["--arch", "sm90", "--head-dim", "big"], "head_dim: got 'big', needs a number"),
         (["--arch", "sm90", "--head-dim", "0"], "head_dim: got 0"),
+        (["--arch", "sm90", "--head-dim", "64:"], "head_dim: got '64:', needs a number"),
         (["--arch", "sm90", "--head-dim", "300"], "head_dim: got 300, needs at most 256"),
         (["--arch", "sm90", "--backward", "--features", "paged"], "flash: backward: got a gradient through a paged KV cache"),
         (["--arch", "sm90", "--features", "dropout"], "features: got 'dropout', needs 'plain', or some of"),

@@ -140,7 +140,11 @@ def calls(folder, overrides, refused=0):
         status = library.open()
         failures.append((status, library.error) if status else library.forward(library.args(**PLAIN)))
         library.close()
-    return {"calls": found, "failures": failures, "size": library.args().struct_size, "expected": ctypes.sizeof(Args)}
+    made = library.args()
+    values = {name: getattr(made, name) for name, _ in Args._fields_}
+    unset = [name for name, value in values.items() if value == -1 or name.endswith("strides") and set(value) == {-1}]
+    sizes = {"size": made.struct_size, "expected": ctypes.sizeof(Args)}
+    return {"calls": found, "failures": failures, "unset": unset, **sizes}
 
 
 PLAIN = dict(

@@ -33,13 +33,15 @@ def export(
         require_compiler()
         from regard.export import library
 
+        if build:
+            library.find_compiler(compiler)
         with progress_bars(Console(stderr=True)) as progress:
             kernels = library.write(
                 folder,
-                archs=arch.split(","),
-                dtypes=dtype.split(","),
-                head_dims=[_head_dims(each) for each in head_dim.split(",")],
-                features=features.split(","),
+                archs=_listed(arch),
+                dtypes=_listed(dtype),
+                head_dims=[_head_dims(each) for each in _listed(head_dim)],
+                features=_listed(features),
                 backward=backward,
                 progress=progress,
             )
@@ -61,9 +63,13 @@ def export(
         typer.echo(f"wrote {made}; {folder / library.HEADER} says how it is called")
 
 
+def _listed(text: str) -> list[str]:
+    return [each.strip() for each in text.split(",")]
+
+
 def _head_dims(text: str) -> tuple[int, int]:
     try:
-        head_dim, _, head_dim_v = text.partition(":")
-        return int(head_dim), int(head_dim_v or head_dim)
+        head_dim, colon, head_dim_v = text.partition(":")
+        return int(head_dim), int(head_dim_v if colon else head_dim)
     except ValueError:
         raise ConfigError("head_dim", repr(text), "a number, or two with a colon: 128, 192:128") from None

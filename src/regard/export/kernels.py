@@ -129,8 +129,9 @@ class Kernel(NamedTuple):
         rows: queries of a program, or of the step "keys" keys.
         threads: of a program.
         footprint: what it asks of the hardware.
+        precision: of its float32 products: "ieee", "tf32x3" or "tf32".
         strides_of: what strides of q, k, v and out must be multiples of.
-        most_bytes: that a tensor may span; 0 is no limit.
+        most_bytes: that a tensor may span; 0 is any that 64-bit offsets reach.
     """
 
     arch: str
@@ -142,6 +143,7 @@ class Kernel(NamedTuple):
     rows: int
     threads: int
     footprint: Footprint
+    precision: str
     strides_of: int
     most_bytes: int
 
@@ -202,6 +204,7 @@ def _compile(variant: Variant, arch: str, step: str, launch: Launch) -> Kernel:
         rows=launch.arguments["BLOCK_N" if step == "keys" else "BLOCK_M"],
         threads=compiled.metadata.num_warps * target_of(arch).warp_size,
         footprint=footprint(compiled, arch),
+        precision=launch.arguments.get("PRECISION", "ieee"),
         strides_of=16 if aligned else 1,
         most_bytes=2**31 - 1 if buffers else 0,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.resources
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,8 @@ def write(
 ) -> list[Kernel]:
     """Compile a kernel for every combination, and write the C source of a library that has them.
 
-    Needs Triton, and no GPU. The folder then holds `HEADER`, `SOURCE` and `KERNELS`, the source's data.
+    Needs Triton, and no GPU. The folder then holds `HEADER`, `SOURCE` and `KERNELS`, the source's data. Products of
+    float32 are computed as `torch.get_float32_matmul_precision` says now.
 
     Args:
         folder: where to; made if it is not there.
@@ -63,49 +65,69 @@ def write(
         the kernels.
 
     Raises:
-        ConfigError: an argument is malformed.
+        ConfigError: an argument is malformed, or nothing can be written to the folder.
         UnsupportedError: the `flash` backend has reasons against such calls.
     """
     check_architectures(archs)
     for name in dtypes:
         if name not in DTYPES:
             raise ConfigError("dtype", repr(name), f"one of {', '.join(DTYPES)}")
-    wanted = [
+    wanted = dict.fromkeys(
         (Variant(DTYPES[dtype], *dims, parse_features(each)), arch)
-        for arch in sorted(dict.fromkeys(archs), key=architecture_order)
-        for dtype in dict.fromkeys(dtypes)
-        for dims in dict.fromkeys(head_dims)
-        for each in dict.fromkeys(features)
-    ]
+        for arch in sorted(archs, key=architecture_order)
+        for dtype in dtypes
+        for dims in head_dims
+        for each in features
+    )
+    _make(folder)
     kernels: list[Kernel] = []
     for done, (variant, arch) in enumerate(wanted, 1):
         kernels += compile_kernels(variant, arch, backward=backward)
         if progress is not None:
             progress("compiling kernels", done, len(wanted))
-    folder.mkdir(parents=True, exist_ok=True)
     for name in (HEADER, SOURCE):
         (folder / name).write_text(importlib.resources.files(__package__).joinpath(name).read_text())
     (folder / KERNELS).write_text("\n".join(_data(kernels)) + "\n")
     return kernels
 
 
+def find_compiler(name: str) -> str:
+    """The path of a C compiler.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    path = shutil.which(name)
+    if path is None:
+        raise ConfigError("compiler", repr(name), "a C compiler on the PATH")
+    return path
+
+
 def build(folder: Path, compiler: str = "cc") -> Path:
     """Build the shared library from what `write` wrote; returns its path.
 
     Raises:
-        ConfigError: there is no such compiler.
-        RuntimeError: it failed, with what it said.
+        ConfigError: there is no such compiler, or it failed, with what it said.
     """
-    if shutil.which(compiler) is None:
-        raise ConfigError("compiler", repr(compiler), "a C compiler on the PATH")
     library = folder / LIBRARY
-    command = [compiler, "-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", "-o", str(library)]
+    command = [find_compiler(compiler), "-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared"]
     done = subprocess.run(  # noqa: S603 - the caller's compiler
-        [*command, str(folder / SOURCE), "-ldl", "-lm"], capture_output=True, text=True, check=False
+        [*command, "-o", str(library), str(folder / SOURCE), "-ldl", "-lm"], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{compiler} failed on {folder / SOURCE}:\n{done.stderr}")
+        said = f"{compiler!r}, which failed on {folder / SOURCE}\n{done.stderr}"
+        raise ConfigError("compiler", said, "one that builds C11 (or --no-build)")
     return library
+
+
+def _make(folder: Path) -> None:
+    needed = "a folder that can be made and written to"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("folder", f"{str(folder)!r} ({error.strerror})", needed) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError("folder", f"{str(folder)!r} (without permission to write)", needed)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -180,6 +202,7 @@ def _description(kernels: Sequence[Kernel], versions: dict[str, str]) -> dict[st
                 "registers": kernel.footprint.registers,
                 "spilled_bytes": kernel.footprint.spills,
                 "shared_bytes": kernel.footprint.shared,
+                "float32_products": kernel.precision,
                 "strides_of": kernel.strides_of,
             }
             for kernel in kernels

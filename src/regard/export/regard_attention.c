@@ -15,7 +15,7 @@ struct kernel {
     int dtype, head_dim, head_dim_v;
     unsigned features;  /* exactly those that a call has */
     int strides_of;     /* what strides of q, k, v and out are multiples of */
-    int64_t most_bytes; /* that a tensor may span; 0 is no limit */
+    int64_t most_bytes; /* that a tensor may span; 0 is any that 64-bit offsets reach */
     int rows;           /* queries of one program, or keys in the step that is of keys */
     unsigned threads, shared;
     const char *name;
@@ -207,6 +207,11 @@ void regard_attention_args_init(regard_attention_args *args) {
     memset(args, 0, sizeof *args);
     args->struct_size = sizeof *args;
     args->window_left = args->window_right = -1;
+    args->batch = args->seqlen_q = args->seqlen_k = args->total_q = args->total_k = -1;
+    args->block_table_stride = -1;
+    int64_t *const strides[] = {args->q_strides,   args->k_strides,    args->v_strides,
+                                args->out_strides, args->mask_strides, args->bias_strides};
+    for (size_t i = 0; i < sizeof strides / sizeof *strides; i++) strides[i][0] = strides[i][1] = strides[i][2] = -1;
 }
 
 static unsigned features_of(const regard_attention_args *args) {
@@ -267,6 +272,9 @@ static int find_kernel(const regard_library *library, const regard_attention_arg
 
 /* --- what is wrong with a call */
 
+/* The kernels' 32-bit numbers of rows go some blocks past the last. */
+enum { MOST_ROWS = INT32_MAX - 1024 };
+
 static int check_sizes(const regard_attention_args *args) {
     NEEDS(args->struct_size == sizeof *args, "struct_size: got %zu, needs %zu: call regard_attention_args_init",
           args->struct_size, sizeof *args);
@@ -280,8 +288,8 @@ static int check_sizes(const regard_attention_args *args) {
           args->heads_kv, args->heads_q);
     NEEDS(args->head_dim > 0, "head_dim: got %d, needs at least 1", args->head_dim);
     NEEDS(args->head_dim_v >= 0, "head_dim_v: got %d, needs at least 1, or 0 for head_dim", args->head_dim_v);
-    NEEDS((int64_t)args->seqlen_q + args->seqlen_k < INT32_MAX - 1024,
-          "seqlen_q, seqlen_k: got %d and %d, needs less than 2**31 together", args->seqlen_q, args->seqlen_k);
+    NEEDS((int64_t)args->seqlen_q + args->seqlen_k <= MOST_ROWS,
+          "seqlen_q, seqlen_k: got %d and %d, needs at most %d together", args->seqlen_q, args->seqlen_k, MOST_ROWS);
     return REGARD_OK;
 }
 
@@ -298,8 +306,14 @@ static int check_semantics(const regard_attention_args *args) {
         NEEDS(!args->kv_lens && !args->block_table,
               "kv_lens, block_table: got one together with cu_seqlens, needs one or the other");
         NEEDS(!args->mask && !args->bias, "mask, bias: got one together with cu_seqlens, needs none");
-        NEEDS(args->total_q >= 0, "total_q: got %d, needs at least 0", args->total_q);
-        NEEDS(args->total_k >= 0, "total_k: got %d, needs at least 0", args->total_k);
+        NEEDS(args->total_q >= 0 && args->total_q <= MOST_ROWS, "total_q: got %d, needs 0 to %d", args->total_q,
+              MOST_ROWS);
+        NEEDS(args->total_k >= 0 && args->total_k <= MOST_ROWS, "total_k: got %d, needs 0 to %d", args->total_k,
+              MOST_ROWS);
+        NEEDS(args->seqlen_q > 0 || args->total_q == 0, "seqlen_q: got 0 of %d packed rows, needs the longest sequence",
+              args->total_q);
+        NEEDS(args->seqlen_k > 0 || args->total_k == 0, "seqlen_k: got 0 of %d packed rows, needs the longest sequence",
+              args->total_k);
     }
     if (args->block_table) {
         NEEDS(args->kv_lens, "kv_lens: got null, needs the lengths of sequences in pages");
@@ -322,32 +336,63 @@ struct layout {
     int strides_of; /* what strides are multiples of */
     int row;        /* which of them is the rows' */
     int itemsize;
+    int64_t least_stride; /* of what is written the row's length, or rows would overlap */
 };
 
 /* Rows further apart would take 32-bit offsets inside a tile too far. */
-enum { MOST_ROW_STRIDE = INT32_MAX / 256 - 1, ALIGNMENT = 16 };
+enum { MOST_ROW_STRIDE = INT32_MAX / 256 - 1 };
+
+static int check_address(const char *name, const void *address, unsigned multiple) {
+    unsigned past = (unsigned)((uintptr_t)address % multiple);
+    NEEDS(past == 0, "%s: got an address %u past a multiple of %u, needs a multiple", name, past, multiple);
+    return REGARD_OK;
+}
+
+static int check_span(const char *name, double bytes, int64_t most_bytes) {
+    double most = most_bytes ? (double)most_bytes : 0x1p62;
+    if (bytes <= most) return REGARD_OK;
+    return refuse(REGARD_UNSUPPORTED, "%s: got %.0f bytes from its first to its last element, needs at most %.0f", name,
+                  bytes, most);
+}
 
 static int check_layout(const struct layout *tensor, int64_t most_bytes) {
     if (tensor->batch == 0 || tensor->rows == 0 || tensor->row_length == 0) return REGARD_OK; /* nothing is touched */
     NEEDS(tensor->address != NULL, "%s: got null, needs an address", tensor->name);
-    NEEDS((uintptr_t)tensor->address % ALIGNMENT == 0, "%s: got an address that is no multiple of %d", tensor->name,
-          ALIGNMENT);
+    int status = check_address(tensor->name, tensor->address, 16);
+    if (status) return status;
     const int64_t sizes[] = {tensor->batch, tensor->row == 1 ? tensor->rows : tensor->heads,
                              tensor->row == 1 ? tensor->heads : tensor->rows};
     double bytes = (double)(tensor->row_length * tensor->itemsize);
     for (int i = 0; i < 3; i++) {
         long long stride = tensor->strides[i];
         if (sizes[i] < 2) continue;
-        NEEDS(stride >= 0 && stride % tensor->strides_of == 0, "%s_strides[%d]: got %lld, needs a multiple of %d",
-              tensor->name, i, stride, tensor->strides_of);
+        NEEDS(stride >= tensor->least_stride, "%s_strides[%d]: got %lld, needs at least %lld", tensor->name, i, stride,
+              (long long)tensor->least_stride);
+        NEEDS(stride % tensor->strides_of == 0, "%s_strides[%d]: got %lld, needs a multiple of %d", tensor->name, i,
+              stride, tensor->strides_of);
         NEEDS(i != tensor->row || stride <= MOST_ROW_STRIDE, "%s_strides[%d]: got %lld, needs at most %d", tensor->name,
               i, stride, MOST_ROW_STRIDE);
         bytes += (double)(sizes[i] - 1) * (double)stride * tensor->itemsize;
     }
-    if (most_bytes && bytes > (double)most_bytes)
-        return refuse(REGARD_UNSUPPORTED, "%s: got %.0f bytes from its first to its last element, needs at most %lld",
-                      tensor->name, bytes, (long long)most_bytes);
-    return REGARD_OK;
+    return check_span(tensor->name, bytes, most_bytes);
+}
+
+/* Numbers of 32 bits, of which the last is the count's. */
+struct array {
+    const char *name;
+    const void *address; /* or null, where it may be */
+    double count;
+    int64_t most_bytes;
+};
+
+static int check_arrays(const struct array *arrays, int count) {
+    int status = REGARD_OK;
+    for (int i = 0; !status && i < count; i++) {
+        if (arrays[i].address == NULL) continue;
+        status = check_address(arrays[i].name, arrays[i].address, 4);
+        if (!status) status = check_span(arrays[i].name, 4 * arrays[i].count, arrays[i].most_bytes);
+    }
+    return status;
 }
 
 static int itemsize_of(int dtype) { return dtype == REGARD_FLOAT32 ? 4 : 2; }
@@ -369,41 +414,61 @@ static struct extent extent_of(const regard_attention_args *args) {
     return (struct extent){args->batch, args->seqlen_q, args->batch, args->seqlen_k};
 }
 
+/* The elements of lse, and of each half of scratch. */
+static double lse_size(const regard_attention_args *args) {
+    struct extent is = extent_of(args);
+    return (double)is.batch * (double)is.rows * args->heads_q;
+}
+
+/* How far the rows of a mask and bias are read. */
+static int readable_keys(const regard_attention_args *args) { return (args->seqlen_k + 15) / 16 * 16; }
+
 static int check_tensors(const regard_attention_args *args, const struct kernel *kernel) {
     struct extent is = extent_of(args);
-    int of = kernel->strides_of, size = itemsize_of(args->dtype), keys = args->seqlen_k;
+    int of = kernel->strides_of, size = itemsize_of(args->dtype), dim = args->head_dim, dim_v = dim_v_of(args);
+    int keys = readable_keys(args), heads = args->heads_q, heads_kv = args->heads_kv;
     const struct layout tensors[] = {
-        {"q", args->q, args->q_strides, is.batch, is.rows, args->heads_q, args->head_dim, of, 1, size},
-        {"out", args->out, args->out_strides, is.batch, is.rows, args->heads_q, dim_v_of(args), of, 1, size},
-        {"k", args->k, args->k_strides, is.pages, is.keys, args->heads_kv, args->head_dim, of, 1, size},
-        {"v", args->v, args->v_strides, is.pages, is.keys, args->heads_kv, dim_v_of(args), of, 1, size},
-        {"mask", args->mask, args->mask_strides, args->mask ? is.batch : 0, is.rows, args->heads_q, keys, 16, 2, 1},
-        {"bias", args->bias, args->bias_strides, args->bias ? is.batch : 0, is.rows, args->heads_q, keys, 16, 2, size},
+        {"q", args->q, args->q_strides, is.batch, is.rows, heads, dim, of, 1, size, 0},
+        {"out", args->out, args->out_strides, is.batch, is.rows, heads, dim_v, of, 1, size, dim_v},
+        {"k", args->k, args->k_strides, is.pages, is.keys, heads_kv, dim, of, 1, size, 0},
+        {"v", args->v, args->v_strides, is.pages, is.keys, heads_kv, dim_v, of, 1, size, 0},
+        {"mask", args->mask, args->mask_strides, args->mask ? is.batch : 0, is.rows, heads, keys, 16, 2, 1, 0},
+        {"bias", args->bias, args->bias_strides, args->bias ? is.batch : 0, is.rows, heads, keys, 16, 2, size, 0},
+    };
+    double others = args->batch > 0 ? args->batch - 1 : 0;
+    double pages = args->block_table ? args->seqlen_k / args->page_size + 1 : 0;
+    const struct array arrays[] = {
+        {"lse", args->lse, lse_size(args), 0},
+        {"alibi_slopes", args->alibi_slopes, others * (double)args->alibi_batch_stride + heads, 0},
+        {"sinks", args->sinks, heads, 0},
+        {"cu_seqlens_q", args->cu_seqlens_q, others + 2, 0},
+        {"cu_seqlens_k", args->cu_seqlens_k, others + 2, 0},
+        {"kv_lens", args->kv_lens, others + 1, 0},
+        {"block_table", args->block_table, others * (double)args->block_table_stride + pages, kernel->most_bytes},
     };
     NEEDS(args->lse != NULL || is.batch == 0 || is.rows == 0, "lse: got null, needs an address");
-    if (args->block_table && kernel->most_bytes &&
-        args->block_table_stride > kernel->most_bytes / 4 / (args->batch + 1))
-        return refuse(REGARD_UNSUPPORTED,
-                      "block_table_stride: got %lld for %d sequences, needs at most %lld bytes of it",
-                      (long long)args->block_table_stride, args->batch, (long long)kernel->most_bytes);
-    return check_layouts(tensors, sizeof tensors / sizeof *tensors, kernel);
+    int status = check_layouts(tensors, sizeof tensors / sizeof *tensors, kernel);
+    return status ? status : check_arrays(arrays, sizeof arrays / sizeof *arrays);
 }
 
 static int check_grads(const regard_attention_args *args, const regard_attention_grads *grads,
                        const struct kernel *kernel) {
     struct extent is = extent_of(args);
-    int of = kernel->strides_of, size = itemsize_of(args->dtype), dim_v = dim_v_of(args);
+    int of = kernel->strides_of, size = itemsize_of(args->dtype), dim = args->head_dim, dim_v = dim_v_of(args);
+    int heads = args->heads_q, heads_kv = args->heads_kv;
     NEEDS(grads != NULL, "grads: got null, needs the gradients of a call");
     NEEDS(grads->struct_size == sizeof *grads, "grads.struct_size: got %zu, needs %zu", grads->struct_size,
           sizeof *grads);
     const struct layout tensors[] = {
-        {"grad_out", grads->grad_out, grads->grad_out_strides, is.batch, is.rows, args->heads_q, dim_v, of, 1, size},
-        {"dq", grads->dq, grads->dq_strides, is.batch, is.rows, args->heads_q, args->head_dim, of, 1, size},
-        {"dk", grads->dk, grads->dk_strides, is.pages, is.keys, args->heads_kv, args->head_dim, of, 1, size},
-        {"dv", grads->dv, grads->dv_strides, is.pages, is.keys, args->heads_kv, dim_v, of, 1, size},
+        {"grad_out", grads->grad_out, grads->grad_out_strides, is.batch, is.rows, heads, dim_v, of, 1, size, 0},
+        {"dq", grads->dq, grads->dq_strides, is.batch, is.rows, heads, dim, of, 1, size, dim},
+        {"dk", grads->dk, grads->dk_strides, is.pages, is.keys, heads_kv, dim, of, 1, size, dim},
+        {"dv", grads->dv, grads->dv_strides, is.pages, is.keys, heads_kv, dim_v, of, 1, size, dim_v},
     };
+    const struct array scratch = {"scratch", grads->scratch, 2 * lse_size(args), 0};
     NEEDS(grads->scratch != NULL || is.batch == 0 || is.rows == 0, "scratch: got null, needs an address");
-    return check_layouts(tensors, sizeof tensors / sizeof *tensors, kernel);
+    int status = check_layouts(tensors, sizeof tensors / sizeof *tensors, kernel);
+    return status ? status : check_arrays(&scratch, 1);
 }
 
 /* The number of programs of a launch; 0 where there is nothing to write. */
@@ -444,7 +509,8 @@ int regard_attention_check(const regard_library *library, const regard_attention
 
 /* --- launching it */
 
-static int32_t bounded(int32_t side, int64_t reach) { return side < 0 || side > reach ? (int32_t)reach : side; }
+/* A side of the band that is no limit or further than all that there is, as which it bounds as little. */
+static int32_t bounded(int32_t side, int32_t all) { return side < 0 || side > all ? all : side; }
 
 static void fill_strides(union value *values, int first, const int64_t *strides, int packed) {
     values[first].i64 = packed ? 0 : strides[0];
@@ -461,7 +527,6 @@ static void fill_pair_strides(union value *values, int first, const int64_t *str
 static void fill(const regard_attention_args *args, union value *values) {
     int packed = args->cu_seqlens_q != NULL;
     int64_t lse_row = extent_of(args).rows;
-    int64_t reach = (int64_t)args->seqlen_q + args->seqlen_k; /* a side of the band as far bounds nothing */
 
     values[SLOT_q_ptr].pointer = args->q;
     values[SLOT_k_ptr].pointer = args->k;
@@ -496,25 +561,27 @@ static void fill(const regard_attention_args *args, union value *values) {
     values[SLOT_total_q].i32 = args->total_q;
     values[SLOT_total_k].i32 = args->total_k;
     values[SLOT_rows].i32 = (int32_t)lse_row;
-    values[SLOT_readable_k].i32 = (args->seqlen_k + 15) / 16 * 16;
+    values[SLOT_readable_k].i32 = readable_keys(args);
     values[SLOT_page_size].i32 = args->page_size;
     values[SLOT_softmax_scale].fp32 =
-        args->softmax_scale > 0 ? args->softmax_scale : 1.0f / sqrtf((float)args->head_dim);
+        args->softmax_scale > 0 ? args->softmax_scale : (float)(1 / sqrt((double)args->head_dim));
     values[SLOT_softcap].fp32 = args->softcap;
-    values[SLOT_window_left].i32 = bounded(args->window_left, reach);
-    values[SLOT_window_right].i32 = args->causal ? 0 : bounded(args->window_right, reach);
+    values[SLOT_window_left].i32 = bounded(args->window_left, args->seqlen_k);
+    values[SLOT_window_right].i32 = args->causal ? 0 : bounded(args->window_right, args->seqlen_q);
     values[SLOT_scratch].pointer = NULL;
 }
 
 static void fill_grads(const regard_attention_args *args, const regard_attention_grads *grads, union value *values) {
     int packed = args->cu_seqlens_q != NULL;
     struct extent is = extent_of(args);
+    uintptr_t heads = (uintptr_t)args->heads_q;
     values[SLOT_grad_out_ptr].pointer = grads->grad_out;
     values[SLOT_dq_ptr].pointer = grads->dq;
     values[SLOT_dk_ptr].pointer = grads->dk;
     values[SLOT_dv_ptr].pointer = grads->dv;
     values[SLOT_row_lse_ptr].pointer = grads->scratch;
-    values[SLOT_delta_ptr].pointer = grads->scratch + is.batch * args->heads_q * is.rows;
+    uintptr_t second_half = (uintptr_t)grads->scratch + 4 * (uintptr_t)is.batch * (uintptr_t)is.rows * heads;
+    values[SLOT_delta_ptr].pointer = (const void *)second_half;
     fill_strides(values, SLOT_grad_out_strides_0, grads->grad_out_strides, packed);
     fill_strides(values, SLOT_dq_strides_0, grads->dq_strides, packed);
     fill_strides(values, SLOT_dk_strides_0, grads->dk_strides, packed);

@@ -36,17 +36,19 @@ enum {
 
 enum { REGARD_FLOAT16 = 1, REGARD_BFLOAT16 = 2, REGARD_FLOAT32 = 3 };
 
-/* One call. Start with regard_attention_args_init, which makes every field 0 that has no other default.
+/* One call. Start with regard_attention_args_init: what has a default gets it, optional addresses are null, and what
+ * has to be set is left such that a call that needs it is refused.
  *
  * Heads and head dims: heads_q is a multiple of heads_kv (grouped-query attention). Strides are those of (batch, row,
  * head); elements of a row lie side by side. Where head_dim and head_dim_v are multiples of 16, the strides of q, k, v
- * and out must be too; their addresses always are multiples of 16. */
+ * and out must be too. Strides of dimensions of size 1 are not looked at. Addresses of q, k, v, out, mask and bias are
+ * multiples of 16, all others of 4. */
 typedef struct regard_attention_args {
     size_t struct_size; /* sizeof(regard_attention_args), by which later versions tell older callers */
     int32_t dtype;      /* of q, k, v, out and bias: REGARD_FLOAT16, ... */
 
     int32_t batch;      /* B, or the number of packed sequences */
-    int32_t seqlen_q;   /* Sq; of packed sequences the longest */
+    int32_t seqlen_q;   /* Sq; of packed sequences the longest: of longer ones the rest is neither read nor written */
     int32_t seqlen_k;   /* Sk; likewise; with kv_lens the most keys that one of them may say */
     int32_t heads_q;    /* Hq */
     int32_t heads_kv;   /* Hk */
@@ -82,18 +84,20 @@ typedef struct regard_attention_args {
 
     const int32_t *cu_seqlens_q; /* or null. (B + 1,): packed sequence b is rows cu[b] to cu[b + 1] */
     const int32_t *cu_seqlens_k;
-    int32_t total_q; /* rows of packed q */
-    int32_t total_k; /* rows of packed k and v */
+    int32_t total_q; /* rows of packed q, cu_seqlens_q[B] or more; those that belong to no sequence are not written */
+    int32_t total_k; /* rows of packed k and v, likewise */
 
     const int32_t *kv_lens;     /* or null. (B,): keys of each sequence that count; clamped to 0..Sk */
     const int32_t *block_table; /* or null. (B, pages per sequence): pages of each in order, trusted to be of num_pages;
-                                 * needs kv_lens, and pages for Sk keys of each sequence */
+                                 * needs kv_lens, and pages for Sk keys of each sequence, of which those past its
+                                 * length are not looked at */
     int64_t block_table_stride; /* from the pages of one sequence to those of the next */
     int32_t num_pages;          /* of k and v */
     int32_t page_size;          /* keys a page */
 } regard_attention_args;
 
-/* The gradients of a call. Strides as those of q, k, v and out, and as many elements side by side. */
+/* The gradients of a call. Strides as those of q, k, v and out, and as many elements side by side. Of a padded batch
+ * every row is written: keys past kv_lens get 0. */
 typedef struct regard_attention_grads {
     size_t struct_size;   /* sizeof(regard_attention_grads) */
     const void *grad_out; /* as out */
@@ -104,7 +108,7 @@ typedef struct regard_attention_grads {
     int64_t dq_strides[3];
     int64_t dk_strides[3];
     int64_t dv_strides[3];
-    float *scratch; /* twice as long as lse */
+    float *scratch; /* twice as long as lse; overwritten */
 } regard_attention_grads;
 
 typedef struct regard_library regard_library; /* kernels loaded on one device */
@@ -116,7 +120,7 @@ REGARD_API int regard_open(regard_library **library);
 /* Unload them. What was launched must have ended. Null does nothing. */
 REGARD_API void regard_close(regard_library *library);
 
-/* Every field at its default, where it has one. */
+/* Start a call: see regard_attention_args. Null does nothing. */
 REGARD_API void regard_attention_args_init(regard_attention_args *args);
 
 /* What regard_attention_forward would say of a call, without launching it: REGARD_OK, REGARD_INVALID or
