@@ -2,9 +2,12 @@
  * nothing that a kernel computes in 32 bits may overflow. Prints how many calls of each status there were. */
 #include "regard_attention.c" /* of the exported folder: its tables say what a parameter is */
 
+#include <pthread.h>
+
 typedef int (*launch_callback)(int module, const char *name, unsigned programs, unsigned threads, unsigned shared,
                                void *stream, void **parameters);
 void fake_driver(launch_callback launch, int refused_images, int launch_error);
+int fake_loaded(void);
 
 static regard_attention_args args;
 static regard_attention_grads grads;
@@ -42,7 +45,10 @@ static void must_be_tensor(const struct kernel *kernel, void **parameters, int p
     for (int i = 0; i < 3; i++) {
         const union value *stride = parameter(kernel, parameters, first + i);
         int64_t seen = i == row ? stride->i32 : stride->i64;
-        if (sizes[i] < 2) continue;
+        if (sizes[i] < 2) {
+            MUST(args.cu_seqlens_q == NULL || i > 0 || seen == 0);
+            continue;
+        }
         MUST(seen == strides[i] && seen >= least);
         MUST(i != row || ((int64_t)seen + 1) * 256 <= INT32_MAX);
         last += (__int128)(sizes[i] - 1) * seen;
@@ -87,15 +93,41 @@ static int on_launch(int module, const char *name, unsigned programs, unsigned t
     TENSOR(dk, grads, k, 1, dim, dim, size);
     TENSOR(dv, grads, k, 1, dim_v, dim_v, size);
 
-    static const int addresses[] = {SLOT_lse_ptr,     SLOT_row_lse_ptr,     SLOT_delta_ptr,
-                                    SLOT_alibi_ptr,   SLOT_sinks_ptr,       SLOT_cu_seqlens_q_ptr,
-                                    SLOT_kv_lens_ptr, SLOT_block_table_ptr, SLOT_cu_seqlens_k_ptr};
-    for (size_t i = 0; i < sizeof addresses / sizeof *addresses; i++) {
-        const union value *given = parameter(kernel, parameters, addresses[i]);
-        MUST(given == NULL || (uintptr_t)given->pointer % 4 == 0);
-        MUST(given == NULL || given->pointer != NULL || rows == 0);
+    const struct {
+        int slot;
+        const void *address;
+    } arrays[] = {
+        {SLOT_lse_ptr, args.lse},
+        {SLOT_alibi_ptr, args.alibi_slopes},
+        {SLOT_sinks_ptr, args.sinks},
+        {SLOT_cu_seqlens_q_ptr, args.cu_seqlens_q},
+        {SLOT_cu_seqlens_k_ptr, args.cu_seqlens_k},
+        {SLOT_kv_lens_ptr, args.kv_lens},
+        {SLOT_block_table_ptr, args.block_table},
+        {SLOT_row_lse_ptr, grads.scratch},
+        {SLOT_delta_ptr, (void *)((uintptr_t)grads.scratch + 4 * (uintptr_t)(batch * rows * heads))},
+    };
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
+        const union value *given = parameter(kernel, parameters, arrays[i].slot);
+        if (given == NULL || rows == 0) continue;
+        MUST(given->pointer == arrays[i].address && given->pointer != NULL && (uintptr_t)given->pointer % 4 == 0);
     }
-    if (kernel->step == STEP_row_terms) MUST(parameter(kernel, parameters, SLOT_rows)->i32 + 256LL <= INT32_MAX);
+    MUST((__int128)batch * rows * heads <= (__int128)1 << (kernel->step == STEP_forward ? 60 : 59));
+    const struct {
+        int slot;
+        int64_t number;
+    } wide[] = {
+        {SLOT_lse_strides_0, packed ? 0 : rows * heads},
+        {SLOT_lse_strides_1, rows},
+        {SLOT_alibi_strides_0, args.alibi_batch_stride},
+        {SLOT_block_table_stride, args.block_table_stride},
+    };
+    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) {
+        const union value *given = parameter(kernel, parameters, wide[i].slot);
+        MUST(given == NULL || given->i64 == wide[i].number);
+    }
+    if (packed) MUST(!args.mask && !args.bias && !args.kv_lens && !args.block_table);
+    if (kernel->step == STEP_row_terms) MUST(parameter(kernel, parameters, SLOT_rows)->i32 == rows);
     if (kernel->step == STEP_row_terms) return 0;
 
     int64_t seqlen_q = parameter(kernel, parameters, SLOT_seqlen_q)->i32;
@@ -104,7 +136,12 @@ static int on_launch(int module, const char *name, unsigned programs, unsigned t
     const union value *right = parameter(kernel, parameters, SLOT_window_right);
     MUST(seqlen_q == args.seqlen_q && seqlen_k == args.seqlen_k);
     MUST(parameter(kernel, parameters, SLOT_group)->i32 == args.heads_q / args.heads_kv);
-    MUST(parameter(kernel, parameters, SLOT_softmax_scale)->fp32 > 0);
+    float scale = args.softmax_scale > 0 ? args.softmax_scale : (float)pow(args.head_dim, -0.5);
+    MUST(parameter(kernel, parameters, SLOT_softmax_scale)->fp32 == scale);
+    const union value *readable_k = parameter(kernel, parameters, SLOT_readable_k);
+    const union value *page_size = parameter(kernel, parameters, SLOT_page_size);
+    MUST(readable_k == NULL || readable_k->i32 == readable);
+    MUST(page_size == NULL || !paged || page_size->i32 == args.page_size);
     MUST(!packed || (args.total_q + 256LL <= INT32_MAX && args.total_k + 256LL <= INT32_MAX));
     if (right != NULL) {
         MUST(seqlen_k + 256 + right->i32 <= INT32_MAX);
@@ -243,9 +280,37 @@ static void change_a_field(void) {
     }
 }
 
+static void *fail_elsewhere(void *library) {
+    MUST(regard_attention_check(library, NULL) == REGARD_INVALID && strstr(regard_last_error(), "args: got null"));
+    return NULL;
+}
+
+/* Libraries come and go, two at once too, and each thread has its own last error. */
+static void open_and_close(void) {
+    pthread_t thread;
+    for (int i = 0; i < 20; i++) {
+        regard_library *libraries[2];
+        fake_driver(on_launch, 0, 0); /* which has room for so many modules */
+        for (int each = 0; each < 2 && each * KERNEL_COUNT < 32; each++) {
+            MUST(regard_open(&libraries[each]) == REGARD_OK);
+            if (each == 0) continue;
+            MUST(regard_attention_check(NULL, NULL) == REGARD_INVALID);
+            MUST(pthread_create(&thread, NULL, fail_elsewhere, libraries[0]) == 0 && pthread_join(thread, NULL) == 0);
+            MUST(strstr(regard_last_error(), "library: got null"));
+            regard_close(libraries[1]);
+        }
+        regard_close(libraries[0]);
+        MUST(fake_loaded() == 0);
+    }
+    MUST(regard_open(NULL) == REGARD_INVALID);
+    regard_close(NULL);
+    regard_attention_args_init(NULL);
+}
+
 int main(void) {
     regard_library *library;
     int found[2][4] = {{0}};
+    open_and_close();
     fake_driver(on_launch, 0, 0);
     if (regard_open(&library) != REGARD_OK) return fprintf(stderr, "%s\n", regard_last_error()), 1;
     for (int call = 0; call < 60000; call++) {

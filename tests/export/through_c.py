@@ -142,7 +142,7 @@ def calls(folder, overrides, refused=0):
         library.close()
     made = library.args()
     values = {name: getattr(made, name) for name, _ in Args._fields_}
-    unset = [name for name, value in values.items() if value == -1 or name.endswith("strides") and set(value) == {-1}]
+    unset = [name for name, value in values.items() if {-1} == (set(value) if name.endswith("strides") else {value})]
     sizes = {"size": made.struct_size, "expected": ctypes.sizeof(Args)}
     return {"calls": found, "failures": failures, "unset": unset, **sizes}
 

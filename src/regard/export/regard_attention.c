@@ -140,7 +140,11 @@ static int load_kernel(regard_library *library, int index) {
 #if !REGARD_HIP
     enum { MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
     error = driver->set_attribute(library->functions[index], MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)kernel->shared);
-    if (error) return driver_error(driver, "shared memory of a kernel", error);
+    if (error) {
+        char what[64];
+        snprintf(what, sizeof what, "%u bytes of shared memory for a kernel of %s", kernel->shared, kernel->arch);
+        return driver_error(driver, what, error);
+    }
 #endif
     return REGARD_OK;
 }
