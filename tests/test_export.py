@@ -192,7 +192,7 @@ def test_on_amd(tmp_path):
     assert [(status, said.split(":")[0]) for status, said, _ in answered] == [
         (UNSUPPORTED, "q"), (UNSUPPORTED, "block_table"),
     ]  # fmt: skip
-    assert all("needs at most 2147483647" in said for _, said, _ in answered)
+    assert all("needs at most 2147483646" in said for _, said, _ in answered)
     check_random_calls(folder)
 
 
@@ -319,8 +319,17 @@ def refusals(answers):
 
 def test_failures_of_the_driver(answers):
     image, launching = answers["failures"]
-    assert image == [UNSUPPORTED, "arch: no kernel is for this device; needs one of sm80"]
+    assert image[0] == UNSUPPORTED and image[1].startswith("arch: no kernel is for this device, or its driver is older")
+    assert image[1].endswith("(its error 209); needs one of sm80")
     assert launching == [DRIVER, "launching the kernel: error 1 of the driver, invalid argument"]
+
+
+@with_fake_driver
+def test_kernels_that_need_more_than_the_device_has(library):
+    """Of shared memory: an sm80 kernel may ask for more than a device of compute capability 8.6 has."""
+    needed = sorted({each["shared_bytes"] for each in json.loads(description(library))["kernels"]})
+    ((status, said, _),) = through_c(library, overrides=[{}], most_shared=needed[0] - 1)["calls"]
+    assert (status, said) == (UNSUPPORTED, "kernel: got a call, needs a library with kernels for it")
 
 
 @with_fake_driver

@@ -13,6 +13,7 @@ typedef int (*launch_callback)(int module, const char *name, unsigned programs, 
 static launch_callback callback;
 static struct function functions[64];
 static int modules[64]; /* a module's handle is the address of its number here */
+static int most_shared = 227 * 1024;
 static int module_count, function_count, refused, loaded, failing_launch;
 
 void fake_driver(launch_callback launch, int refused_images, int launch_error) {
@@ -21,6 +22,8 @@ void fake_driver(launch_callback launch, int refused_images, int launch_error) {
     failing_launch = launch_error;
     module_count = function_count = 0;
 }
+
+void fake_shared(int most) { most_shared = most; }
 
 int fake_loaded(void) { return loaded; }
 
@@ -64,7 +67,7 @@ int cuModuleLoadData(void **module, const void *image) { return load(module, ima
 int cuModuleUnload(void *module) { return unload(module); }
 int cuModuleGetFunction(void **found, void *module, const char *name) { return function(found, module, name); }
 int cuFuncSetAttribute(void *found, int attribute, int value) {
-    if (attribute != 8 || value > 227 * 1024) return 1;
+    if (attribute != 8 || value > most_shared) return 1;
     ((struct function *)found)->shared = value;
     return 0;
 }
@@ -76,6 +79,5 @@ int cuLaunchKernel LAUNCH int cuGetErrorString(int error, const char **text) {
 int hipModuleLoadData(void **module, const void *image) { return load(module, image); }
 int hipModuleUnload(void *module) { return unload(module); }
 int hipModuleGetFunction(void **found, void *module, const char *name) { return function(found, module, name); }
-int hipModuleLaunchKernel LAUNCH const char *hipGetErrorString(int error) {
-    return error == 1 ? "hipErrorInvalidValue" : "something else";
-}
+int hipModuleLaunchKernel LAUNCH int hipGetLastError(void) { return 0; }
+const char *hipGetErrorString(int error) { return error == 1 ? "hipErrorInvalidValue" : "something else"; }

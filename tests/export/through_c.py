@@ -114,13 +114,15 @@ def cases(folder, dtype, names, backward=False):
     return {**found, "still loaded": driver.fake_loaded()}
 
 
-def calls(folder, overrides, refused=0):
-    """For each call, a plain one with other fields (one of the backward where ``grads`` is one of them), what it returns, says, and whether it launched, with a driver that
-    refuses the first images; then the failures of one that refuses all, and of one that refuses launches."""
+def calls(folder, overrides, refused=0, most_shared=227 * 1024):
+    """For each call, a plain one with other fields (one of the backward where ``grads`` is one of them), what it returns,
+    says, and whether it launched, with a driver that refuses the first images; then the failures of one that refuses
+    all, and of one that refuses launches."""
     library, driver = opened(folder)
     launched = []
     callback = CALLBACK(lambda *said: launched.append(said) or 0)
     driver.fake_driver(callback, refused, 0)
+    driver.fake_shared(most_shared)
     assert library.open() == OK, library.error
     found = []
     for fields in overrides:

@@ -44,6 +44,7 @@ struct driver {
                   unsigned block_z, unsigned shared, void *stream, void **parameters, void **extra);
 #if REGARD_HIP
     const char *(*error_string)(int error);
+    int (*take_error)(void); /* out of the thread's state, where it would await the caller's own next look */
 #else
     int (*initialize)(unsigned flags);
     int (*set_attribute)(void *function, int attribute, int value);
@@ -103,7 +104,7 @@ static int find_driver(struct driver *driver) {
 #if REGARD_HIP
         {"hipModuleLoadData", &driver->load},         {"hipModuleUnload", &driver->unload},
         {"hipModuleGetFunction", &driver->function},  {"hipModuleLaunchKernel", &driver->launch},
-        {"hipGetErrorString", &driver->error_string},
+        {"hipGetErrorString", &driver->error_string}, {"hipGetLastError", &driver->take_error},
 #else
         {"cuModuleLoadData", &driver->load},
         {"cuModuleUnload", &driver->unload},
@@ -140,6 +141,10 @@ static int load_kernel(regard_library *library, int index) {
 #if !REGARD_HIP
     enum { MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
     error = driver->set_attribute(library->functions[index], MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)kernel->shared);
+    if (error == 1) { /* invalid value: more than this device has, where a larger one of its generation has enough */
+        library->functions[index] = NULL;
+        return REGARD_OK;
+    }
     if (error) {
         char what[64];
         snprintf(what, sizeof what, "%u bytes of shared memory for a kernel of %s", kernel->shared, kernel->arch);
@@ -153,6 +158,7 @@ static int load_kernel(regard_library *library, int index) {
 static int load_kernels(regard_library *library) {
     const struct driver *driver = &library->driver;
     const char *refused = "";
+    int why = 0;
     for (int i = 0; i < KERNEL_COUNT; i++) {
         const char *arch = kernels[i].arch;
         if (strcmp(arch, refused) == 0 || (library->arch != NULL && strcmp(arch, library->arch) != 0)) continue;
@@ -160,6 +166,10 @@ static int load_kernels(regard_library *library) {
         if (error && library->arch == NULL && is_of_another_device(error)) {
             library->modules[i] = NULL;
             refused = arch;
+            why = error;
+#if REGARD_HIP
+            driver->take_error();
+#endif
             continue;
         }
         if (error) {
@@ -171,7 +181,10 @@ static int load_kernels(regard_library *library) {
         if (status) return status;
     }
     if (library->arch == NULL)
-        return refuse(REGARD_UNSUPPORTED, "arch: no kernel is for this device; needs one of %s", architectures);
+        return refuse(REGARD_UNSUPPORTED,
+                      "arch: no kernel is for this device, or its driver is older than what compiled them (its error "
+                      "%d); needs one of %s",
+                      why, architectures);
     return REGARD_OK;
 }
 
@@ -494,9 +507,11 @@ static int prepare(const regard_library *library, const regard_attention_args *a
     if (!status) status = check_semantics(args);
     if (!status) status = find_kernel(library, args, step, index);
     if (status) return status;
-    NEEDS(args->batch <= INT32_MAX / args->heads_q && programs_of(args, &kernels[*index]) <= INT32_MAX,
-          "batch, heads_q, seqlen_q: got %d, %d and %d, needs fewer blocks of %d rows than 2**31", args->batch,
-          args->heads_q, args->seqlen_q, kernels[*index].rows);
+    const struct kernel *kernel = &kernels[*index];
+    int64_t most = REGARD_HIP ? UINT32_MAX / kernel->threads : INT32_MAX; /* HIP counts the threads of a launch */
+    NEEDS(args->batch <= INT32_MAX / args->heads_q && programs_of(args, kernel) <= most,
+          "batch, heads_q, seqlen_q: got %d, %d and %d, needs at most %lld blocks of %d rows", args->batch,
+          args->heads_q, args->seqlen_q, (long long)most, kernel->rows);
     return REGARD_OK;
 }
 

@@ -128,7 +128,8 @@ REGARD_API void regard_attention_args_init(regard_attention_args *args);
 REGARD_API int regard_attention_check(const regard_library *library, const regard_attention_args *args);
 
 /* Launch one call's attention on a stream (CUstream, cudaStream_t or hipStream_t; null is the default stream).
- * Writes out and lse: 0 and -infinity in rows that see no key. From several threads at once it is safe.
+ * Writes out and lse: 0 and -infinity in rows that see no key. From several threads at once it is safe; with CUDA the
+ * context of regard_open must be current in each (cudaSetDevice makes a device's so).
  * Returns what regard_attention_check does, or REGARD_DRIVER. */
 REGARD_API int regard_attention_forward(const regard_library *library, const regard_attention_args *args, void *stream);
 
