@@ -26,6 +26,7 @@ import torch
 
 from regard import AttentionConfig, AttentionInputs
 from regard.backends import flash, hopper
+from regard.backends.launch import new_results
 from regard.backends.padded_rows import with_padded_rows
 from regard.kernels import tuning
 
@@ -63,22 +64,15 @@ class Kernel(NamedTuple):
 
 
 def _forward(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-    launch = flash.forward_launch(config, inputs, *_outputs(config, inputs))
+    launch = flash.forward_launch(config, inputs, *new_results(config, inputs))
     return launch.kernel, launch.arguments, launch.options
-
-
-def _outputs(config: AttentionConfig, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of a call."""
-    lse_shape = (config.heads_q, config.total_q) if config.varlen else (config.batch, config.heads_q, config.seqlen_q)
-    out = inputs.q.new_empty((*inputs.q.shape[:-1], config.head_dim_v))
-    return out, inputs.q.new_empty(lse_shape, dtype=torch.float32)  # type: ignore[arg-type]
 
 
 def _backward(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[str, int]]]:
     """Launch ``index`` of the backward."""
 
     def launch(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-        grad_out, lse = _outputs(config, inputs)
+        grad_out, lse = new_results(config, inputs)
         launches = flash.backward_launches(config, inputs, grad_out, lse, lse, inputs)
         if inputs.bias is not None:
             dbias = flash.new_bias_gradient(config, inputs.bias)
@@ -92,7 +86,7 @@ def _hopper_forward(
     config: AttentionConfig, inputs: AttentionInputs
 ) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
     launch = hopper.forward_launch(
-        config, inputs, *_outputs(config, inputs), _counter(inputs), _MULTIPROCESSORS, _parts(config, inputs)
+        config, inputs, *new_results(config, inputs), _counter(inputs), _MULTIPROCESSORS, _parts(config, inputs)
     )
     return launch.kernel, launch.arguments, launch.options
 
@@ -100,7 +94,7 @@ def _hopper_forward(
 def _hopper_merge(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
     parts = _parts(config, inputs)
     assert parts is not None, "its keys are split"
-    launch = hopper.merge_launch(config, inputs, parts, *_outputs(config, inputs))
+    launch = hopper.merge_launch(config, inputs, parts, *new_results(config, inputs))
     return launch.kernel, launch.arguments, launch.options
 
 
@@ -112,7 +106,7 @@ def _parts(config: AttentionConfig, inputs: AttentionInputs) -> tuple[torch.Tens
 def _hopper_backward(
     config: AttentionConfig, inputs: AttentionInputs
 ) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-    grad_out, lse = _outputs(config, inputs)
+    grad_out, lse = new_results(config, inputs)
     launch = hopper.backward_launch(
         config, inputs, grad_out, lse, lse, _sums(config, inputs), inputs.k, inputs.v, _counter(inputs),
         _MULTIPROCESSORS,
@@ -141,7 +135,7 @@ def _hopper_two_pass(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], 
     """Launch ``index`` of the Hopper backward in two passes."""
 
     def launch(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-        grad_out, lse = _outputs(config, inputs)
+        grad_out, lse = new_results(config, inputs)
         made = hopper.two_pass_launches(config, inputs, grad_out, lse, lse, inputs)[index]
         return made.kernel, made.arguments, made.options
 

@@ -35,7 +35,7 @@ from regard.registry import Gradients, Shortcut
 MAX_HEAD_DIM = 256
 _INTERPRETER_ARCH = "sm80"
 _LARGEST_TILE = 256  # rows or columns
-_LEAST_SOFTCAP = 1e-6  # by far smaller ones make 0 / 0 of a score in float32
+LEAST_SOFTCAP = 1e-6  # by far smaller ones make 0 / 0 of a score in float32
 
 
 class FlashBackend:
@@ -449,15 +449,20 @@ def _backward_arguments(grad_out: Tensor, row_lse: Tensor, delta: Tensor) -> dic
     )
 
 
+def greatest_softcap(dtype: torch.dtype) -> int:
+    """That the kernels' tanh is precise enough for."""
+    return 2**7 if dtype == torch.float32 else 2**12
+
+
 def softcap_reasons(config: AttentionConfig) -> list[Reason]:
     """Against a softcap that the kernels' tanh is too coarse for: it errs by 2**-23, and a score by that times the cap.
 
     From a greatest cap on that is more than the products of the inputs err by.
     """
-    greatest = 2**7 if config.dtype == torch.float32 else 2**12
-    if config.softcap <= 0 or _LEAST_SOFTCAP <= config.softcap <= greatest:
+    greatest = greatest_softcap(config.dtype)
+    if config.softcap <= 0 or LEAST_SOFTCAP <= config.softcap <= greatest:
         return []
-    needed = f"0 or {_LEAST_SOFTCAP} to {greatest} in {str(config.dtype).removeprefix('torch.')}"
+    needed = f"0 or {LEAST_SOFTCAP} to {greatest} in {str(config.dtype).removeprefix('torch.')}"
     return [Reason("softcap", str(config.softcap), needed, "reference takes any")]
 
 

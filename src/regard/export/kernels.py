@@ -14,7 +14,7 @@ import torch
 import triton
 
 from regard.backends import flash
-from regard.backends.launch import Launch
+from regard.backends.launch import Launch, new_results
 from regard.backends.padded_rows import with_padded_rows
 from regard.config import AttentionConfig
 from regard.errors import ConfigError, UnsupportedError
@@ -178,7 +178,7 @@ def compile_kernels(variant: Variant, arch: str, *, backward: bool) -> list[Kern
 def launches(config: AttentionConfig) -> dict[str, Launch]:
     """What the `flash` backend would launch for a call, by step."""
     inputs = with_padded_rows(meta_inputs(config))
-    out, lse = inputs.q.new_empty(inputs.out_shape), inputs.q.new_empty(inputs.lse_shape, dtype=torch.float32)
+    out, lse = new_results(config, inputs)
     made = [flash.forward_launch(config, inputs, out, lse, by_tma=False)]
     if config.requires_grad:
         made.append(flash.row_terms_launch(config, inputs, out, out, lse, None, lse, lse))
@@ -264,5 +264,5 @@ def check_architectures(archs: Sequence[str]) -> None:
     for arch in archs:
         if tuning.table_architecture(arch) is None:
             raise ConfigError("arch", repr(arch), f"one of {', '.join(tuning.ARCHITECTURES)}")
-    if not archs or len({arch[:3] == "gfx" for arch in archs}) > 1:
+    if len({target_of(arch).backend for arch in archs}) != 1:
         raise ConfigError("arch", ", ".join(archs) or "none", "architectures of one vendor")

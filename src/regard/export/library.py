@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import regard
+from regard.backends import flash
 from regard.errors import ConfigError
 from regard.export.kernels import (
     FEATURES,
@@ -41,9 +42,9 @@ def write(
     folder: Path,
     *,
     archs: Sequence[str],
-    dtypes: Sequence[str] = ("float16", "bfloat16"),
-    head_dims: Sequence[tuple[int, int]] = ((64, 64), (128, 128)),
-    features: Sequence[str] = ("plain", "causal", "causal+kv_lens", "causal+paged", "mask"),
+    dtypes: Sequence[str],
+    head_dims: Sequence[tuple[int, int]],
+    features: Sequence[str],
     backward: bool = False,
     progress: Progress | None = None,
 ) -> list[Kernel]:
@@ -146,6 +147,9 @@ def _data(kernels: Sequence[Kernel]) -> Iterator[str]:
     yield f"static const char *const dtype_names[] = {{{_strings(['', *DTYPES])}}};"
     yield f"static const char *const feature_names[] = {{{_strings(list(FEATURES))}}};"
     yield f"enum {{{', '.join(f'FEATURE_{name} = {1 << bit}' for bit, name in enumerate(FEATURES))}}};"
+    yield f"static const float least_softcap = {flash.LEAST_SOFTCAP}f;"
+    greatest = (flash.greatest_softcap(dtype) for dtype in DTYPES.values())
+    yield f"static const float greatest_softcaps[] = {{0, {', '.join(map(str, greatest))}}};"
     yield f"enum {{{', '.join(f'STEP_{name}' for name in STEPS)}}};"
     yield f"enum {{{', '.join(f'SLOT_{name}' for name in SLOTS)}, SLOT_COUNT}};"
     for i, kernel in enumerate(kernels):

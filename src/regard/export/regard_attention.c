@@ -311,11 +311,11 @@ static int check_sizes(const regard_attention_args *args) {
 }
 
 static int check_semantics(const regard_attention_args *args) {
-    float most = args->dtype == REGARD_FLOAT32 ? 128.0f : 4096.0f; /* the kernels' tanh is too coarse beyond */
+    float most = greatest_softcaps[args->dtype];
     NEEDS(isfinite(args->softmax_scale) && args->softmax_scale >= 0,
           "softmax_scale: got %g, needs a positive number, or 0 for head_dim ** -0.5", (double)args->softmax_scale);
-    NEEDS(args->softcap == 0 || (args->softcap >= 1e-6f && args->softcap <= most),
-          "softcap: got %g, needs 0 or 1e-06 to %g", (double)args->softcap, (double)most);
+    NEEDS(args->softcap == 0 || (args->softcap >= least_softcap && args->softcap <= most),
+          "softcap: got %g, needs 0 or %g to %g", (double)args->softcap, (double)least_softcap, (double)most);
     NEEDS(args->window_left >= -1, "window_left: got %d, needs at least 0, or -1 for no limit", args->window_left);
     NEEDS(args->window_right >= -1, "window_right: got %d, needs at least 0, or -1 for no limit", args->window_right);
     NEEDS(!args->cu_seqlens_q == !args->cu_seqlens_k, "cu_seqlens_q, cu_seqlens_k: got one, needs both or neither");
@@ -499,13 +499,17 @@ static int64_t programs_of(const regard_attention_args *args, const struct kerne
     return (rows + kernel->rows - 1) / kernel->rows * heads;
 }
 
-/* Check all of a call but its tensors, and find the kernel of a step. */
-static int prepare(const regard_library *library, const regard_attention_args *args, int step, int *index) {
+/* Check all of a call but its tensors. */
+static int check_call(const regard_library *library, const regard_attention_args *args) {
     NEEDS(library != NULL, "library: got null, needs one that regard_open made");
     NEEDS(args != NULL, "args: got null, needs a call");
     int status = check_sizes(args);
-    if (!status) status = check_semantics(args);
-    if (!status) status = find_kernel(library, args, step, index);
+    return status ? status : check_semantics(args);
+}
+
+/* Find the kernel of a step, whose blocks must fit a launch. */
+static int choose_kernel(const regard_library *library, const regard_attention_args *args, int step, int *index) {
+    int status = find_kernel(library, args, step, index);
     if (status) return status;
     const struct kernel *kernel = &kernels[*index];
     int64_t most = REGARD_HIP ? UINT32_MAX / kernel->threads : INT32_MAX; /* HIP counts the threads of a launch */
@@ -516,7 +520,8 @@ static int prepare(const regard_library *library, const regard_attention_args *a
 }
 
 static int prepare_forward(const regard_library *library, const regard_attention_args *args, int *index) {
-    int status = prepare(library, args, STEP_forward, index);
+    int status = check_call(library, args);
+    if (!status) status = choose_kernel(library, args, STEP_forward, index);
     if (status || programs_of(args, &kernels[*index]) == 0) return status;
     return check_tensors(args, &kernels[*index]);
 }
@@ -633,8 +638,8 @@ int regard_attention_backward(const regard_library *library, const regard_attent
     static const int steps[] = {STEP_row_terms, STEP_keys, STEP_queries};
     enum { STEPS = sizeof steps / sizeof *steps };
     union value values[SLOT_COUNT];
-    int index[STEPS], status = REGARD_OK;
-    for (int i = 0; !status && i < STEPS; i++) status = prepare(library, args, steps[i], &index[i]);
+    int index[STEPS], status = check_call(library, args);
+    for (int i = 0; !status && i < STEPS; i++) status = choose_kernel(library, args, steps[i], &index[i]);
     if (!status) status = check_tensors(args, &kernels[index[0]]);
     if (!status) status = check_grads(args, grads, &kernels[index[0]]);
     if (status) return status;
