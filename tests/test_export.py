@@ -172,6 +172,39 @@ def test_what_is_refused_of_gradients(trainable, library):
     assert (status, said) == (UNSUPPORTED, "kernel: got a backward, needs a library with kernels for it")
 
 
+def check_places(folder, word, text, backward=False, **fields):
+    """Calls from threads where another context or device than the library's, 1, is current, or (0) no context; ``text``
+    is the driver's of an invalid argument."""
+    found = through_c(folder, fields=fields, backward=backward)
+    launches = 1 + 2 * backward
+    refused = [DRIVER, f"launching the kernel: error 1 of the driver, {text}"]
+    entering, leaving = (
+        [DRIVER, f"{what} {word}: error 4 of the driver, something else"]
+        for what in ("entering the library's", "going back to the thread's")
+    )
+    assert (found.pop("closed elsewhere"), found.pop("still loaded")) == ([OK, "", 0, 2, 2], 0)
+    opened = found.pop("opened without")
+    for place in (0, 2):
+        assert found.pop(f"{place}, launch error 0") == [OK, "", launches, 2, place]
+        assert found.pop(f"{place}, launch error 1") == [*refused, 0, 2, place]
+        for launch_error in (0, 1):
+            assert found.pop(f"{place}, launch error {launch_error}, switch 1 fails") == [*entering, 0, 1, place]
+        assert found.pop(f"{place}, launch error 0, switch 2 fails") == [*leaving, launches, 2, 1]
+        assert found.pop(f"{place}, launch error 1, switch 2 fails") == [*refused, 0, 2, 1]
+    for name, said in found.items():  # in the library's own place: nothing is switched
+        expected = [*refused, 0] if "launch error 1" in name else [OK, "", launches]
+        assert name.startswith("1, ") and said == [*expected, 0, 1]
+    return opened
+
+
+@with_fake_driver
+def test_every_thread_launches_where_the_library_is(library, trainable):
+    for folder, backward in ((library, False), (trainable, True)):
+        status, said, *after = check_places(folder, "context", "invalid argument", backward)
+        assert (status, after) == (DRIVER, [0, 0, 0])
+        assert said.startswith("context: got none that is current in this thread, needs one: cudaSetDevice")
+
+
 @with_fake_driver
 def test_on_amd(tmp_path):
     folder = export(tmp_path, "gfx1100", features="causal,paged+causal", head_dim="32,64,128")
@@ -187,6 +220,7 @@ def test_on_amd(tmp_path):
     ]  # fmt: skip
     assert all("needs at most 2147483646" in said for _, said, _ in answered)
     check_random_calls(folder)
+    assert check_places(folder, "device", "hipErrorInvalidValue", causal=1)[0] == OK  # threads begin with device 0
 
 
 NOTHING = dict(q=0, k=0, v=0, out=0, lse=0)

@@ -1,12 +1,13 @@
 """Conformance cases through the C library of a folder, in a process of their own: its driver is `fake_driver.c`, which
 hands launches back to here, and Triton's interpreter runs the kernels on exactly what the C code gave as parameters.
 
-Reads JSON, the arguments of `cases` or of `calls`, and prints as JSON what that returns.
+Reads JSON, the arguments of `cases`, of `calls` or of `places`, and prints as JSON what that returns.
 """
 
 import ctypes
 import json
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +150,47 @@ def calls(folder, overrides, refused=0, most_shared=227 * 1024):
     return {"calls": found, "failures": failures, "unset": unset, **sizes}
 
 
+def places(folder, fields, backward=False):
+    """A library opened in place 1, called from threads where others are current, 0 to 2 (CUDA contexts, 0 for none, or
+    HIP devices). For each call its thread's place and which switch of places fails there, from 1 on: the status and
+    sentence, the launches, the switches, and the thread's place afterwards."""
+    library, driver = opened(folder)
+    launched = []
+    callback = CALLBACK(lambda *said: launched.append(said) or 0)
+    args, grads = library.args(**PLAIN | fields), library.grads(**PLAIN_GRADS)
+    found = {}
+
+    def in_thread(name, place, failing, call):
+        def run():
+            driver.fake_place(place, failing)
+            before = len(launched)
+            said = call()
+            status, sentence = said if isinstance(said, tuple) else (said, library.error)
+            switches, after = driver.fake_switches(), driver.fake_current()
+            found[name] = [status, sentence if status else "", len(launched) - before, switches, after]
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    def attend():
+        return library.backward(args, grads) if backward else library.forward(args)
+
+    driver.fake_driver(callback, 0, 0)
+    in_thread("opened without", 0, 0, library.open)
+    library.close()
+    for launch_error in (0, 1):
+        driver.fake_driver(callback, 0, launch_error)
+        assert library.open() == OK, library.error
+        for place in (0, 1, 2):
+            in_thread(f"{place}, launch error {launch_error}", place, 0, attend)
+            for failing in (1, 2):
+                in_thread(f"{place}, launch error {launch_error}, switch {failing} fails", place, failing, attend)
+        in_thread("closed elsewhere", 2, 0, lambda: library.close() or OK)
+        found["still loaded"] = driver.fake_loaded()
+    return found
+
+
 PLAIN = dict(
     dtype=1, batch=2, seqlen_q=100, seqlen_k=200, heads_q=6, heads_kv=2, head_dim=32,
     q=1 << 20, k=1 << 20, v=1 << 20, out=1 << 20, lse=1 << 20,
@@ -163,4 +205,5 @@ PLAIN_GRADS = dict(
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
     folder = Path(asked.pop("folder"))
-    print(json.dumps(cases(folder, **asked) if "names" in asked else calls(folder, **asked)))
+    answer = cases if "names" in asked else places if "fields" in asked else calls
+    print(json.dumps(answer(folder, **asked)))

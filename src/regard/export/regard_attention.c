@@ -35,8 +35,19 @@ union value {
     float fp32;
 };
 
+/* What a thread's calls of the driver go to, until it makes another one current. */
+#if REGARD_HIP
+typedef int place; /* a device; 0 in a thread that has chosen none */
+#define PLACE "device"
+#else
+typedef void *place; /* a context; null in a thread that has made none current */
+#define PLACE "context"
+#endif
+
 /* The functions of libcuda, or of libamdhip64, that this needs: all but the last have the same arguments in both. */
 struct driver {
+    int (*current)(place *found);
+    int (*make_current)(place wanted);
     int (*load)(void **module, const void *image);
     int (*unload)(void *module);
     int (*function)(void **function, void *module, const char *name);
@@ -54,6 +65,7 @@ struct driver {
 
 struct regard_library {
     struct driver driver;
+    place place; /* of the modules */
     const char *arch;
     void *modules[KERNEL_COUNT]; /* null where a kernel is for another architecture */
     void *functions[KERNEL_COUNT];
@@ -102,10 +114,13 @@ static int find_driver(struct driver *driver) {
         void *place;
     } wanted[] = {
 #if REGARD_HIP
+        {"hipGetDevice", &driver->current},           {"hipSetDevice", &driver->make_current},
         {"hipModuleLoadData", &driver->load},         {"hipModuleUnload", &driver->unload},
         {"hipModuleGetFunction", &driver->function},  {"hipModuleLaunchKernel", &driver->launch},
         {"hipGetErrorString", &driver->error_string}, {"hipGetLastError", &driver->take_error},
 #else
+        {"cuCtxGetCurrent", &driver->current},
+        {"cuCtxSetCurrent", &driver->make_current},
         {"cuModuleLoadData", &driver->load},
         {"cuModuleUnload", &driver->unload},
         {"cuModuleGetFunction", &driver->function},
@@ -125,6 +140,20 @@ static int find_driver(struct driver *driver) {
         memcpy(wanted[i].place, &found, sizeof found); /* ISO C has no cast from an object's address to a function's */
     }
     return REGARD_OK;
+}
+
+/* Make a library's place current where another is, which `leave` is to be told. */
+static int enter(const regard_library *library, place *before) {
+    int error = library->driver.current(before);
+    if (!error && *before != library->place) error = library->driver.make_current(library->place);
+    return error ? driver_error(&library->driver, "entering the library's " PLACE, error) : REGARD_OK;
+}
+
+/* Make current again what was before `enter`. Takes the status of what came in between, and returns it if it failed. */
+static int leave(const regard_library *library, place before, int status) {
+    if (before == library->place) return status;
+    int error = library->driver.make_current(before);
+    return error && !status ? driver_error(&library->driver, "going back to the thread's " PLACE, error) : status;
 }
 
 /* Whether an error says that a kernel is for another device. */
@@ -188,18 +217,30 @@ static int load_kernels(regard_library *library) {
     return REGARD_OK;
 }
 
+/* The calling thread's place is the library's. */
+static int settle(regard_library *library) {
+    const struct driver *driver = &library->driver;
+#if !REGARD_HIP
+    int failed = driver->initialize(0);
+    if (failed) return driver_error(driver, "cuInit", failed);
+#endif
+    int error = driver->current(&library->place);
+    if (error) return driver_error(driver, "asking for the current " PLACE, error);
+#if !REGARD_HIP
+    if (library->place == NULL)
+        return refuse(REGARD_DRIVER, "context: got none that is current in this thread, needs one: cudaSetDevice, and "
+                                     "before CUDA 12 cudaFree(NULL), or cuCtxSetCurrent");
+#endif
+    return REGARD_OK;
+}
+
 int regard_open(regard_library **library) {
     NEEDS(library != NULL, "library: got null, needs where to put the library");
     *library = NULL;
     regard_library *opened = calloc(1, sizeof *opened);
     if (opened == NULL) return refuse(REGARD_DRIVER, "library: out of memory");
     int status = find_driver(&opened->driver);
-#if !REGARD_HIP
-    if (!status) {
-        int error = opened->driver.initialize(0);
-        if (error) status = driver_error(&opened->driver, "cuInit", error);
-    }
-#endif
+    if (!status) status = settle(opened);
     if (!status) status = load_kernels(opened);
     if (status) {
         regard_close(opened);
@@ -211,8 +252,14 @@ int regard_open(regard_library **library) {
 
 void regard_close(regard_library *library) {
     if (library == NULL) return;
-    for (int i = 0; i < KERNEL_COUNT; i++) {
-        if (library->modules[i] != NULL) library->driver.unload(library->modules[i]);
+    place before;
+    int loaded = 0;
+    for (int i = 0; i < KERNEL_COUNT; i++) loaded |= library->modules[i] != NULL;
+    if (loaded && enter(library, &before) == REGARD_OK) { /* else its context is gone, and the modules with it */
+        for (int i = 0; i < KERNEL_COUNT; i++) {
+            if (library->modules[i] != NULL) library->driver.unload(library->modules[i]);
+        }
+        leave(library, before, REGARD_OK);
     }
     free(library);
 }
@@ -624,13 +671,22 @@ static int launch(const regard_library *library, int index, const regard_attenti
     return error ? driver_error(&library->driver, "launching the kernel", error) : REGARD_OK;
 }
 
+static int launch_in_order(const regard_library *library, const int *indices, int count,
+                           const regard_attention_args *args, union value *values, void *stream) {
+    place before;
+    int status = enter(library, &before);
+    if (status) return status;
+    for (int i = 0; !status && i < count; i++) status = launch(library, indices[i], args, values, stream);
+    return leave(library, before, status);
+}
+
 int regard_attention_forward(const regard_library *library, const regard_attention_args *args, void *stream) {
     union value values[SLOT_COUNT];
     int index;
     int status = prepare_forward(library, args, &index);
     if (status) return status;
     fill(args, values);
-    return launch(library, index, args, values, stream);
+    return launch_in_order(library, &index, 1, args, values, stream);
 }
 
 int regard_attention_backward(const regard_library *library, const regard_attention_args *args,
@@ -645,6 +701,5 @@ int regard_attention_backward(const regard_library *library, const regard_attent
     if (status) return status;
     fill(args, values);
     fill_grads(args, grads, values);
-    for (int i = 0; !status && i < STEPS; i++) status = launch(library, index[i], args, values, stream);
-    return status;
+    return launch_in_order(library, index, STEPS, args, values, stream);
 }

@@ -113,11 +113,13 @@ typedef struct regard_attention_grads {
 
 typedef struct regard_library regard_library; /* kernels loaded on one device */
 
-/* Load the kernels for the current device (CUDA: into the current context, which must be there).
+/* Load the kernels for the thread's current device; with CUDA into its current context, which must be there (after
+ * cudaSetDevice it is, before CUDA 12 only after a further call such as cudaFree(NULL)).
  * Returns REGARD_OK, REGARD_UNSUPPORTED if none was compiled for such a device, REGARD_DRIVER. */
 REGARD_API int regard_open(regard_library **library);
 
-/* Unload them. What was launched must have ended. Null does nothing. */
+/* Unload them, in any thread, before their context is destroyed. What was launched must have ended. Null does
+ * nothing. */
 REGARD_API void regard_close(regard_library *library);
 
 /* Start a call: see regard_attention_args. Null does nothing. */
@@ -127,10 +129,10 @@ REGARD_API void regard_attention_args_init(regard_attention_args *args);
  * REGARD_UNSUPPORTED. */
 REGARD_API int regard_attention_check(const regard_library *library, const regard_attention_args *args);
 
-/* Launch one call's attention on a stream (CUstream, cudaStream_t or hipStream_t; null is the default stream).
- * Writes out and lse: 0 and -infinity in rows that see no key. From several threads at once it is safe; with CUDA the
- * context of regard_open must be current in each (cudaSetDevice makes a device's so).
- * Returns what regard_attention_check does, or REGARD_DRIVER. */
+/* Launch one call's attention on a stream (CUstream, cudaStream_t or hipStream_t; null is the default stream) of the
+ * device and context of regard_open, whichever are current in the thread: if others are, these are made current for
+ * the launch, and the others again after it. Writes out and lse: 0 and -infinity in rows that see no key. From several
+ * threads at once it is safe. Returns what regard_attention_check does, or REGARD_DRIVER. */
 REGARD_API int regard_attention_forward(const regard_library *library, const regard_attention_args *args, void *stream);
 
 /* Launch the gradients of q, k and v on a stream, given out and lse of the forward; bitwise repeatable. Bias and sinks
