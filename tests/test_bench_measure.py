@@ -320,11 +320,17 @@ def test_gpu_timers_count_the_calls_alone(device_clock, timer):
     assert timings["kernel"].timer == ("events" if timer == "events" else "graph")
 
 
-def test_long_kernels_are_timed_by_events(device_clock):
-    device_clock.seconds = 2e-3
-    timings = measure.time_together({"kernel": device_clock}, GPU, Settings())
-    assert timings["kernel"].timer == "events"
-    assert timings["kernel"].median == pytest.approx(2e-3)
+def test_the_gpu_does_not_idle_for_the_host_of_long_kernels_either(device_clock):
+    """It would cool meanwhile and run them at a clock of its own, which differs as the host's time does."""
+    device_clock.seconds, device_clock.queueing = 2e-3, 3e-3
+    slept_by = {}
+    for timer in ("auto", "events"):
+        before = device_clock.slept
+        timings = measure.time_together({"kernel": device_clock}, GPU, Settings(timer=timer, precision=0))
+        slept_by[timer] = device_clock.slept - before
+        assert timings["kernel"].median == pytest.approx(2e-3)
+        assert timings["kernel"].timer == ("graph" if timer == "auto" else "events")
+    assert slept_by["auto"] < 0.25 * slept_by["events"]
 
 
 def timed_beside(other, clock):
@@ -348,11 +354,6 @@ def test_where_one_cannot_be_captured_all_are_timed_by_events(device_clock):
     timers, medians = timed_beside(synchronising, device_clock)
     assert timers == ["events", "events"]
     assert medians == pytest.approx([10e-6, 10e-6])
-
-
-def test_the_first_calls_on_a_low_clock_do_not_choose_the_timer(device_clock):
-    device_clock.seconds, device_clock.clock = 90e-6, lambda at: 0.5 if at < 10e-3 else 1.0
-    assert measure.time_together({"kernel": device_clock}, GPU, Settings())["kernel"].timer == "graph"
 
 
 EVENTS = Settings(timer="events")

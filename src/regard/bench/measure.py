@@ -28,7 +28,6 @@ SECONDS = {"cpu": 0.25, "cuda": 1.0}
 _WARM_UP = {"cpu": 0.0, "cuda": 0.2}  # seconds at most: a GPU comes cool, at another clock, from what was done before
 _MIN_ROUNDS = 10  # before an early stop: the interval of five is their range, which is small by chance now and then
 _ROUND = 20e-3  # seconds at most, on a GPU: short, so that a clock that swings is met at many moments
-_SHORT = 100e-6  # seconds; if a kernel of a workload is shorter, graphs of several calls are replayed
 _QUEUE = 256  # calls put on the GPU's queue at once; it holds about a thousand launches
 _FLUSH_BYTES = 512 << 20  # larger than any L2 cache
 
@@ -41,9 +40,9 @@ class Settings:
         seconds: of measuring for each implementation of a workload, at most; warm-up is not counted. None: `SECONDS`.
         precision: stop earlier once the 95 % confidence interval of every median is within this fraction of it.
         flush_l2: empty the GPU's cache before every call.
-        timer: ``"events"``, ``"graph"`` (CUDA-graph replay) or ``"auto"``: graphs where the fastest call of a workload
-            takes less than 100 µs. It is the same for all of a workload: one that cannot be captured is timed by
-            events, and the others with it.
+        timer: ``"events"``, or ``"graph"`` or ``"auto"`` for CUDA-graph replay, during which the GPU never waits for
+            the host. It is the same for all of a workload: one that cannot be captured is timed by events, and the
+            others with it.
     """
 
     seconds: float | None = None
@@ -136,8 +135,7 @@ def _samplers(runs: Mapping[str, Run], device: torch.device, settings: Settings,
     if device.type != "cuda":
         return {name: _WallClock(run) for name, run in runs.items()}
     events = {name: _Events(run, settings.flush_l2, per_round) for name, run in runs.items()}
-    short = min(each.estimate for each in events.values()) < _SHORT
-    if settings.flush_l2 or not (settings.timer == "graph" or (settings.timer == "auto" and short)):
+    if settings.flush_l2 or settings.timer == "events":
         return events
     try:
         return {name: _GraphReplay(run, events[name].estimate, per_round) for name, run in runs.items()}
@@ -194,7 +192,7 @@ class _Events:
         self._cycles_per_second = _cycles_per_second()
         self.estimate = 0.0  # not known yet: the GPU sleeps until the host has put all calls on the queue
         self.estimate = statistics.median(self._batch(3))
-        self.estimate = statistics.median(self.sample())  # three calls are few to choose a timer by
+        self.estimate = statistics.median(self.sample())  # three calls are few to choose the length of rounds by
 
     def sample(self) -> list[float]:
         return self._batch(max(1, min(_QUEUE, int(self._per_round / max(self.estimate, 1e-6)))))
