@@ -428,7 +428,7 @@ def test_rounds_get_shorter_where_ten_would_not_fit(device_clock, seconds):
 
 def test_a_swinging_clock_is_measured_on_after_samples_look_precise(device_clock):
     device_clock.seconds, device_clock.clock = 200e-6, swinging
-    timing = measure.time_together({"kernel": device_clock}, GPU, Settings())["kernel"]
+    timing = measure.time_together({"kernel": device_clock}, GPU, EVENTS)["kernel"]
     per_round = len(timing.samples) // len(timing.rounds)
     looked_precise = [
         count
