@@ -220,6 +220,44 @@ def test_masked_calls_are_exact(case, dtype, layout):
                 assert_close(one, of, beside)
 
 
+BIASED = {  # Sq, Sk, causal, the bias's shape, the mask's
+    "every pair": (9, 24, False, (3, 4, 9, 24), None),
+    "of a head": (19, 19, True, (4, 19, 19), None),
+    "two dimensions": (9, 24, True, (9, 24), None),
+    "one dimension": (9, 24, False, (24,), (3, 1, 9, 24)),
+    "a column": (24, 40, False, (4, 24, 1), (24, 40)),
+    "a row for every head": (1, 40, True, (4, 1, 40), (3, 1, 1, 40)),
+    "many rows": (300, 40, False, (300, 40), None),
+    "many pairs with a mask": (200, 170, True, (170,), (200, 170)),
+}
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", BIASED.values(), ids=BIASED)
+def test_biased_calls_are_exact(case, dtype, layout):
+    """In the call's dtype and a wider one, of any strides, with rows that see nothing and infinities that are hidden."""
+    sq, sk, causal, shape, mask_shape = case
+    q, k, v = qkv(sq=sq, sk=sk, layout=layout, dtype=dtype, batch=3)
+    call = dict(causal=causal, layout=layout)
+    if mask_shape is not None:
+        call["mask"] = torch.rand(mask_shape) > 0.4
+        call["mask"][..., 3] = False
+    biases = [torch.randn(shape, dtype=dtype), torch.randn(shape), torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]]
+    biases[0][..., :5] = float("-inf")
+    biases[1][0] = float("-inf")
+    if shape[-1] == sk and mask_shape is not None:
+        biases[1][..., 3] = float("inf")
+    for bias in biases:
+        for more in (dict(), dict(return_lse=True)):
+            wide = dict(call, **more, bias=bias.double())
+            truth = regard.attention(q.double(), k.double(), v.double(), **wide, backend="reference")
+            plain = regard.attention(q, k, v, **call, **more, bias=bias, backend="reference")
+            found = regard.attention(q, k, v, **call, **more, bias=bias, backend="cpu")
+            for one, of, beside in zip(*((x if more else [x]) for x in (found, truth, plain)), strict=True):
+                assert_close(one, of, beside)
+
+
 def test_a_mask_is_given_to_a_shortcut_as_it_is_in_every_call(short, monkeypatch):
     seen = []
     monkeypatch.setattr(short, "shortcut", lambda config, layout: lambda q, k, v, mask: seen.append(mask) or q.clone())

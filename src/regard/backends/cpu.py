@@ -50,7 +50,7 @@ class CpuBackend:
         if call is not None:
             q, k, v = (t.transpose(1, 2) for t in inputs[:3])
             with contextlib.suppress(FloatingPointError):
-                out, lse = call(q, k, v) if inputs.mask is None else call(q, k, v, inputs.mask)
+                out, lse = call(q, k, v, *(t for t in (inputs.mask, inputs.bias) if t is not None))
                 return out.transpose(1, 2).contiguous(), lse
         inputs = gather_pages(inputs)
         spans = _spans(config, inputs)
@@ -72,8 +72,8 @@ class CpuBackend:
             return None
         if layout == "bhsd":
             return lambda *tensors: compact(call(*tensors)[0])
-        return lambda q, k, v, *mask: (
-            call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *mask)[0].transpose(1, 2).contiguous()
+        return lambda q, k, v, *shaping: (
+            call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *shaping)[0].transpose(1, 2).contiguous()
         )
 
     @torch.no_grad()

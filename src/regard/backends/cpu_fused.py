@@ -19,7 +19,7 @@ FEWEST_KEYS = 16  # what a vector of the kernel holds: it takes fewer scores tha
 FULL_SPEED_ROWS = 256  # fewest rows for which it works at full speed
 _PAIRS_KEPT = 2**18  # of a causal mask that is kept; calls with more take so long that a mask is soon made
 _WORTH_GROUPING = 2**16  # key elements, times query heads beyond two in a group, for one product of the group to pay
-_WORTH_DOUBLING = 2**15  # key elements for two bfloat16 rows to take less time than one
+_WORTH_DOUBLING = 2**17  # key elements for two bfloat16 rows to take less time than one
 _WORTH_SHIFTING = 2**15  # elements of a mask for three operations without branches to take less time than one with them
 _INF = float("inf")
 
@@ -27,7 +27,7 @@ kernel = torch._scaled_dot_product_flash_attention_for_cpu
 kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 Call = Callable[..., tuple[Tensor, Tensor]]
-"""From q, k and v, and the mask of a call that has one, to out and lse.
+"""From q, k and v, and the mask and the bias of a call that has them, to out and lse.
 
 Raises FloatingPointError where the kernel is not to be trusted, see `check_lse`.
 """
@@ -49,7 +49,8 @@ def is_widened(config: AttentionConfig) -> bool:
 def one_call(config: AttentionConfig) -> Call | None:
     """The whole call as one of the kernel, where that is possible.
 
-    Small calls notice every microsecond beside the kernel.
+    Small calls notice every microsecond beside the kernel, and a function of Python costs one right after it: all that
+    the config tells is decided here, and not in the call.
     """
     if one_call not in config.prepared:
         config.prepared[one_call] = unmasked_call(config) or _masked_call(config)
@@ -62,10 +63,11 @@ def unmasked_call(config: AttentionConfig) -> Call | None:
     causal = config.causal and config.seqlen_q > 1
     # its is_causal fills scores that are scaled later with -inf: the scale must be positive
     aligned = config.seqlen_q == config.seqlen_k and config.softmax_scale > 0
-    if config.mask_shape is not None or (causal and not aligned) or not _suits(config):
+    shaped = config.mask_shape is not None or config.bias_shape is not None
+    if shaped or (causal and not aligned) or not _suits(config):
         return None
     form = functools.partial(_form(config), is_causal=True) if causal else _form(config)
-    if is_widened(config) or config.dtype != torch.bfloat16:
+    if _kernel_dtype(config) != torch.bfloat16:
         return form
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,33 +79,63 @@ def unmasked_call(config: AttentionConfig) -> Call | None:
 
 
 def _masked_call(config: AttentionConfig) -> Call | None:
-    """With a mask, or causal with more keys than queries or fewer, in one block."""
-    rows, keys, dtype = config.seqlen_q, config.seqlen_k, torch.float32 if is_widened(config) else config.dtype
-    if rows > FULL_SPEED_ROWS or rows * keys > _PAIRS_KEPT or not _suits(config):
+    """With an additive mask, in one block."""
+    rows, keys, dtype = config.seqlen_q, config.seqlen_k, _kernel_dtype(config)
+    causal = config.causal and rows > 1
+    hidden = causal or config.mask_shape is not None
+    if not _suits(config) or (hidden and (rows > FULL_SPEED_ROWS or rows * keys > _PAIRS_KEPT)):
         return None
-    form, causal, exact = _form(config), config.causal and rows > 1, needs_exact_lse(config)
+    additive, form, exact = _additive_maker(config, causal), _form(config), needs_exact_lse(config)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if mask is None:
-            additive = _causal_mask(rows, keys, dtype)
-        else:
-            additive = additive_mask(mask, dtype)
-            if mask.ndim in (1, 3):  # the kernel takes two and four
-                additive = additive[None]
-            if causal:
-                additive = additive + _causal_mask(rows, keys, dtype)
-        out, lse = form(q, k, v, attn_mask=additive)
-        check_lse(lse, dtype, hidden=True)
-        return out, exact_lse(lse, additive) if exact else lse
+    def attend(q: Tensor, k: Tensor, v: Tensor, *shaping: Tensor) -> tuple[Tensor, Tensor]:
+        added = additive(*shaping)
+        out, lse = form(q, k, v, attn_mask=added)
+        if dtype == torch.bfloat16:
+            _check_finite(lse)
+        elif hidden and not lse.equal(lse):
+            raise FloatingPointError("NaN in lse")
+        return out, exact_lse(lse, added) if exact else lse
 
     return attend
+
+
+def _kernel_dtype(config: AttentionConfig) -> torch.dtype:
+    """Of what the kernel is given."""
+    return torch.float32 if is_widened(config) else config.dtype
+
+
+def _additive_maker(config: AttentionConfig, causal: bool) -> Callable[..., Tensor]:
+    """From the mask and the bias, those that there are, to what the kernel adds to scores.
+
+    A hidden bias of infinity becomes NaN, which lse tells.
+    """
+    rows, keys, dtype = config.seqlen_q, config.seqlen_k, _kernel_dtype(config)
+    masked, biased = config.mask_shape is not None, config.bias_shape is not None
+
+    def of_bias(bias: Tensor) -> Tensor:
+        if bias.dtype != dtype:
+            bias = bias.to(torch.promote_types(dtype, torch.float32))
+        return _as_the_kernel_takes(bias)
+
+    def of_all(*shaping: Tensor) -> Tensor:
+        parts = [of_bias(shaping[-1])] if biased else []
+        if masked:
+            parts.append(of_mask(shaping[0]))
+        if causal:
+            parts.append(_causal_mask(rows, keys, dtype))
+        return functools.reduce(torch.add, parts)
+
+    of_mask = _mask_maker(config.mask_shape or (), dtype)
+    if masked + biased + causal > 1 or causal:
+        return of_all
+    return of_mask if masked else of_bias
 
 
 def _suits(config: AttentionConfig) -> bool:
     """Whether the kernel, with an additive mask if need be, takes the inputs and gives the results as they are."""
     strides = config.q_strides, config.k_strides, config.v_strides
     return (
-        {"causal", "mask", "lse", "grad", "deterministic"}.issuperset(config.features())
+        {"causal", "mask", "bias", "lse", "grad", "deterministic"}.issuperset(config.features())
         and config.head_dim == config.head_dim_v
         and all(each is not None and each[3] == 1 for each in strides)
         and not config.is_empty
@@ -114,10 +146,10 @@ def _suits(config: AttentionConfig) -> bool:
 def _form(config: AttentionConfig) -> Call:
     """The kernel for the sizes and the dtype of a call, given its scale where that is not torch's default."""
     keys = config.batch, config.heads_kv, config.seqlen_k, config.head_dim
-    widened, dtype, scale = is_widened(config), config.dtype, config.softmax_scale
+    dtype, scale = config.dtype, config.softmax_scale
     form: Call = kernel
     if config.seqlen_q == 1:
-        form = fastest_for_a_row(torch.float32 if widened else dtype, config.heads_q, keys)
+        form = fastest_for_a_row(_kernel_dtype(config), config.heads_q, keys)
     if scale != config.head_dim**-0.5:
         form = functools.partial(form, scale=scale)
 
@@ -125,7 +157,7 @@ def _form(config: AttentionConfig) -> Call:
         out, lse = form(q.float(), k.float(), v.float(), **said)
         return out.to(dtype), lse
 
-    return widen if widened else form
+    return widen if is_widened(config) else form
 
 
 def check_lse(lse: Tensor, dtype: torch.dtype, *, hidden: bool) -> None:
@@ -164,6 +196,27 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.where(mask, *_seen_and_hidden(dtype))
     bits, mantissa = _LAYOUTS[dtype]
     return mask.to(bits).sub_(1).bitwise_left_shift_(mantissa).view(dtype)
+
+
+def _mask_maker(shape: Sequence[int], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """`additive_mask` in two or four dimensions, of masks that broadcast to the four of ``shape``."""
+    seen = hidden = None  # not yet: a tracer may be listening while a call is prepared
+
+    def of_few(mask: Tensor) -> Tensor:
+        nonlocal seen, hidden
+        if seen is None or hidden is None:
+            seen, hidden = (each.view(1, 1, 1, 1) for each in _seen_and_hidden(dtype))
+        return torch.where(mask, seen, hidden)
+
+    def of_many(mask: Tensor) -> Tensor:
+        return _as_the_kernel_takes(additive_mask(mask, dtype))
+
+    return of_few if math.prod(shape) < _WORTH_SHIFTING else of_many
+
+
+def _as_the_kernel_takes(additive: Tensor) -> Tensor:
+    """In two or four dimensions."""
+    return additive[None] if additive.ndim in (1, 3) else additive
 
 
 _LAYOUTS = {torch.float32: (torch.int32, 23), torch.bfloat16: (torch.int16, 7), torch.float64: (torch.int64, 52)}
