@@ -29,7 +29,7 @@ kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 Call = Callable[..., tuple[Tensor, Tensor]]
 """From q, k and v, and the mask and the bias of a call that has them, to out and lse.
 
-Raises FloatingPointError where the kernel is not to be trusted, see `check_lse`.
+Raises FloatingPointError where the kernel is not to be trusted, see `lse_test`.
 """
 
 
@@ -67,12 +67,14 @@ def unmasked_call(config: AttentionConfig) -> Call | None:
     if shaped or (causal and not aligned) or not _suits(config):
         return None
     form = functools.partial(_form(config), is_causal=True) if causal else _form(config)
-    if _kernel_dtype(config) != torch.bfloat16:
+    trusted = _lse_test(config, hidden=False)
+    if trusted is None:
         return form
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = form(q, k, v)
-        _check_finite(lse)
+        if not trusted(lse):
+            raise FloatingPointError
         return out, lse
 
     return attend
@@ -80,20 +82,18 @@ def unmasked_call(config: AttentionConfig) -> Call | None:
 
 def _masked_call(config: AttentionConfig) -> Call | None:
     """With an additive mask, in one block."""
-    rows, keys, dtype = config.seqlen_q, config.seqlen_k, _kernel_dtype(config)
-    causal = config.causal and rows > 1
+    rows, causal = config.seqlen_q, config.causal and config.seqlen_q > 1
     hidden = causal or config.mask_shape is not None
-    if not _suits(config) or (hidden and (rows > FULL_SPEED_ROWS or rows * keys > _PAIRS_KEPT)):
+    if not _suits(config) or (hidden and (rows > FULL_SPEED_ROWS or rows * config.seqlen_k > _PAIRS_KEPT)):
         return None
     additive, form, exact = _additive_maker(config, causal), _form(config), needs_exact_lse(config)
+    trusted = _lse_test(config, hidden=hidden)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *shaping: Tensor) -> tuple[Tensor, Tensor]:
         added = additive(*shaping)
         out, lse = form(q, k, v, attn_mask=added)
-        if dtype == torch.bfloat16:
-            _check_finite(lse)
-        elif hidden and not lse.equal(lse):
-            raise FloatingPointError("NaN in lse")
+        if trusted is not None and not trusted(lse):
+            raise FloatingPointError
         return out, exact_lse(lse, added) if exact else lse
 
     return attend
@@ -110,12 +110,12 @@ def _additive_maker(config: AttentionConfig, causal: bool) -> Callable[..., Tens
     A hidden bias of infinity becomes NaN, which lse tells.
     """
     rows, keys, dtype = config.seqlen_q, config.seqlen_k, _kernel_dtype(config)
-    masked, biased = config.mask_shape is not None, config.bias_shape is not None
+    masked, biased, converted = config.mask_shape is not None, config.bias_shape is not None, config.bias_dtype != dtype
 
     def of_bias(bias: Tensor) -> Tensor:
-        if bias.dtype != dtype:
+        if converted:
             bias = bias.to(torch.promote_types(dtype, torch.float32))
-        return _as_the_kernel_takes(bias)
+        return bias if bias.ndim == 4 else _as_the_kernel_takes(bias)
 
     def of_all(*shaping: Tensor) -> Tensor:
         parts = [of_bias(shaping[-1])] if biased else []
@@ -160,27 +160,24 @@ def _form(config: AttentionConfig) -> Call:
     return widen if is_widened(config) else form
 
 
-def check_lse(lse: Tensor, dtype: torch.dtype, *, hidden: bool) -> None:
-    """Look at the kernel's lse for what says that its out is not to be trusted.
+def lse_test(dtype: torch.dtype, *, hidden: bool, contiguous: bool) -> Callable[[Tensor], bool] | None:
+    """Of the kernel's lse, whether its out is to be trusted; None where it always is.
 
     Args:
         dtype: of what the kernel was given.
-        hidden: whether an additive mask hid keys.
-
-    Raises:
-        FloatingPointError: where keys are hidden, NaN, which may have leaked from one. In bfloat16 also infinity: the
-            exponentials there take for 0 the NaN that an infinite score leaves.
+        hidden: whether an additive mask hid keys: then not where lse is NaN, which may have leaked from one. In
+            bfloat16 nor where it is infinite: the exponentials there take for 0 the NaN that an infinite score leaves.
+        contiguous: whether lse is.
     """
     if dtype == torch.bfloat16:
-        _check_finite(lse)
-    elif hidden and not lse.equal(lse):
-        raise FloatingPointError("NaN in lse")
+        highest = torch.max if contiguous else torch.amax  # of which one copies and the other takes longer
+        return lambda lse: highest(lse).item() < _INF
+    return (lambda lse: lse.equal(lse)) if hidden else None
 
 
-def _check_finite(lse: Tensor) -> None:
-    highest = lse.max() if lse.is_contiguous() else lse.amax()  # of which one copies and the other takes longer
-    if not highest.item() < _INF:
-        raise FloatingPointError("NaN or infinity in lse")
+def _lse_test(config: AttentionConfig, *, hidden: bool) -> Callable[[Tensor], bool] | None:
+    contiguous = config.heads_q == 1 or config.seqlen_q == 1  # the kernel's lse has heads innermost
+    return lse_test(_kernel_dtype(config), hidden=hidden, contiguous=contiguous)
 
 
 def exact_lse(lse: Tensor, additive: Tensor) -> Tensor:
