@@ -388,7 +388,7 @@ def test_the_backward_launches_what_the_call_needs(options, two, monkeypatch):
     ran = []
     monkeypatch.setattr(Launch, "run", lambda launch, _device: ran.append(launch))
     counter = inputs.q.new_empty(2, dtype=torch.int32)
-    monkeypatch.setattr(hopper, "_counter", lambda _device: counter)
+    monkeypatch.setattr(hopper, "tile_counter", lambda _device: counter)
     monkeypatch.setattr(hopper, "_multiprocessors", lambda _device: 132)
     out = inputs.q.new_empty(inputs.out_shape)
     lse = inputs.q.new_empty(inputs.lse_shape, dtype=torch.float32)

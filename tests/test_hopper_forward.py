@@ -296,23 +296,32 @@ def test_splits_share_the_blocks(splits):
 
 
 @pytest.mark.parametrize(
-    "tiles, keys, splits",
+    "tiles, keys, rows, splits",
     [
-        (8, 65536, 16),  # 128 programs
-        (1, 2**20, 128),
-        (66, 65536, 2),
-        (67, 65536, 1),  # more than half of the device has something to do
-        (132, 65536, 1),
-        (5000, 65536, 1),
-        (8, 4096, 16),
-        (8, 2048, 8),
-        (8, 1023, 1),
-        (1, 0, 1),
-        (0, 4096, 1),
+        (8, 65536, 2048, 16),  # 128 programs
+        (1, 2**20, 2048, 128),
+        (66, 65536, 2048, 2),
+        (67, 65536, 2048, 1),  # more than half of the device has something to do
+        (132, 65536, 2048, 1),
+        (5000, 65536, 2048, 1),
+        (8, 4096, 2048, 16),
+        (8, 2048, 2048, 8),
+        (8, 2048, 512, 16),  # few rows are merged soon
+        (8, 1024, 513, 4),
+        (8, 1024, 32, 8),
+        (8, 1023, 32, 1),
+        (1, 0, 32, 1),
+        (0, 4096, 0, 1),
+        (64, 1024, 4095, 2),
+        (64, 1024, 4096, 1),  # what 512 keys less save, merging 4096 rows costs
+        (64, 1024, 8192, 1),
+        (64, 2048, 8192, 1),
+        (64, 4096, 8192, 2),
+        (44, 2048, 8192, 3),
     ],
 )
-def test_number_of_splits(tiles, keys, splits):
-    assert hopper_tuning.key_splits(tiles, keys, 132) == splits
+def test_number_of_splits(tiles, keys, rows, splits):
+    assert hopper_tuning.key_splits(tiles, keys, rows, 132) == splits
 
 
 def parts_of(**options):
@@ -331,10 +340,10 @@ def parts_of(**options):
         (dict(heads_kv=4), 33),
         (dict(head_dim_v=64), 16),
         (dict(seqlen_q=33), 8),  # 132 rows of the heads that share keys: two tiles
-        (dict(window=(3000, 0)), 11),  # a tile sees 3001 keys
+        (dict(window=(2000, 0)), 15),  # a tile sees 2001 keys
         (dict(window=(3000, None)), 16),  # and here all of those to the right of it
         (dict(window=(1022, None), causal=True), 1),
-        (dict(window=(1023, None), causal=True), 4),
+        (dict(window=(1023, None), causal=True), 8),
         (dict(varlen=True, total_q=1, total_k=16384), 1),
     ],
 )

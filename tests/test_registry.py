@@ -258,6 +258,45 @@ def test_fallback_warns_once_per_cause(registry):
         registry.select(CONFIG)
 
 
+class Yielding(Fake):
+    """Supports every call, and leaves those of four queries to another backend."""
+
+    def yields_to(self, config):
+        return ("other", Reason("small", "4 queries", "more")) if config.seqlen_q == 4 else None
+
+
+def test_a_backend_yields_to_a_faster_one(registry):
+    registry.register(Yielding("first"), priority=3)
+    registry.register(Fake("between"), priority=2)
+    registry.register(Fake("other"), priority=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        selection = registry.select(CONFIG)
+    assert (selection.backend, selection.strict) == ("other", False)
+    assert selection.passed_over == (("first", (Reason("small", "4 queries", "more"),)),)
+    assert selection.why == "other: first supports the call too, and yields: small: got 4 queries, needs more"
+    assert registry.explain(CONFIG).chosen.backend == "other"
+    assert registry.select(dataclasses.replace(CONFIG, seqlen_q=9)).backend == "first"
+    assert registry.select(CONFIG, "first").backend == "first"
+
+
+def test_a_backend_yields_to_none_that_cannot(registry):
+    registry.register(Yielding("first"), priority=3)
+    registry.register(Fake("between"), priority=2)
+    assert registry.select(CONFIG).backend == "first", "the other one is not registered"
+    registry.register(Fake("other", [TOO_WIDE]), priority=1)
+    assert registry.select(CONFIG).backend == "first"
+
+
+def test_a_fallback_is_warned_of_where_the_next_one_yields(registry):
+    registry.register(Fake("fast", [TOO_WIDE]), priority=4)
+    registry.register(Yielding("first"), priority=3)
+    registry.register(Fake("other"), priority=1)
+    with pytest.warns(FallbackWarning, match="'other' serves .* instead of 'fast', which cannot: head_dim") as caught:
+        selection = registry.select(CONFIG)
+    assert len(caught) == 1 and [name for name, _ in selection.passed_over] == ["fast", "first"]
+
+
 @pytest.mark.parametrize("code", ["device", "arch", "not_installed"])
 def test_a_backend_of_another_machine_is_no_fallback(registry, code):
     registry.register(Fake("elsewhere", [Reason(code, "this", "that")]))

@@ -30,6 +30,9 @@ INAPPLICABLE = frozenset({"device", "arch", "not_installed", "dtype_float64"})
 Gradients = dict[str, Tensor | None]
 """Gradients by input name: q, k, v always; bias and sinks where given."""
 
+_Entries = Sequence[tuple[str, tuple[Reason, ...]]]
+_YieldsTo = Callable[[AttentionConfig], "tuple[str, Reason] | None"]
+
 Shortcut = Callable[..., Tensor]
 """From q, k and v in the caller's layout, and the caller's mask if there is one, to out in the layout."""
 
@@ -38,8 +41,10 @@ Shortcut = Callable[..., Tensor]
 class AttentionBackend(Protocol):
     """What a backend provides. Stateless; called with canonical inputs (see `AttentionInputs`).
 
-    Optional: ``composed_of_torch_ops``, true where autograd and torch.compile can see through ``forward``; and a method
-    ``shortcut(config, layout)``, see `shortcut`.
+    Optional: ``composed_of_torch_ops``, true where autograd and torch.compile can see through ``forward``; a method
+    ``shortcut(config, layout)``, see `shortcut`; and a method ``yields_to(config)`` for calls that it supports, which
+    returns the name of a backend that is faster for them, and the reason, or None. Automatic selection then takes that
+    backend, if it supports the call.
     """
 
     @property
@@ -80,7 +85,7 @@ class Selection:
         backend: its name.
         strict: chosen by name, so that a failure is an error and never a fallback.
         why: one sentence.
-        passed_over: backends of higher priority and their reasons.
+        passed_over: backends of higher priority, their reasons, and the reason why one of them yielded.
     """
 
     backend: str
@@ -293,7 +298,7 @@ class Registry:
         if requested is not None:
             chosen = Selection(requested, True, f"{requested}: chosen by name") if supported else None
         else:
-            chosen = _first_supported(entries)
+            chosen = self._preferred(entries, config)
         return Explanation(config, chosen, entries)
 
     def quarantine(self, name: str, config: AttentionConfig, error: BaseException) -> None:
@@ -319,21 +324,36 @@ class Registry:
                 entries.append((name, reasons))
                 if not reasons:
                     break
-        selection = _first_supported(entries)
+            selection = self._preferred(entries, config)
         if selection is None:
             raise UnsupportedError(f"no backend can serve {config.describe()}", dict(entries))
-        self._warn_of_fallback(config, selection)
+        self._warn_of_fallback(config, selection.backend, entries[:-1])
         return selection
 
-    def _warn_of_fallback(self, config: AttentionConfig, selection: Selection) -> None:
-        for name, reasons in selection.passed_over:
+    def _preferred(self, entries: _Entries, config: AttentionConfig) -> Selection | None:
+        """The first backend without a reason against it, or the one that it yields to."""
+        for index, (name, reasons) in enumerate(entries):
+            if reasons:
+                continue
+            before = tuple(entries[:index])
+            yields_to: _YieldsTo | None = getattr(self.get(name), "yields_to", None)
+            faster = None if yields_to is None else yields_to(config)
+            if faster is not None and faster[0] in self._backends and not self.reasons(faster[0], config):
+                other, reason = faster
+                return Selection(other, False, f"{other}: {name} supports the call too, and yields: {reason}",
+                                 (*before, (name, (reason,))))  # fmt: skip
+            return Selection(name, False, f"{name}: first in priority without a reason against it", before)
+        return None
+
+    def _warn_of_fallback(self, config: AttentionConfig, chosen: str, unable: _Entries) -> None:
+        for name, reasons in unable:
             codes = tuple(reason.code for reason in reasons)
-            key = (selection.backend, name, codes)
+            key = (chosen, name, codes)
             if INAPPLICABLE.intersection(codes) or "quarantine" in codes or key in self._warned:
                 continue
             self._warned.add(key)
             warnings.warn(
-                f"regard: {selection.backend!r} serves {config.describe()} instead of {name!r}, which cannot: "
+                f"regard: {chosen!r} serves {config.describe()} instead of {name!r}, which cannot: "
                 f"{'; '.join(map(str, reasons))}",
                 FallbackWarning,
                 stacklevel=4,
@@ -364,14 +384,6 @@ class Registry:
                         FallbackWarning,
                         stacklevel=3,
                     )
-
-
-def _first_supported(entries: Sequence[tuple[str, tuple[Reason, ...]]]) -> Selection | None:
-    for index, (name, reasons) in enumerate(entries):
-        if not reasons:
-            return Selection(name, False, f"{name}: first in priority without a reason against it",
-                             tuple(entries[:index]))  # fmt: skip
-    return None
 
 
 def _kernel_class(config: AttentionConfig) -> tuple[Any, ...]:

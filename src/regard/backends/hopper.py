@@ -28,6 +28,7 @@ from regard.backends.launch import (
     new_results,
     on_device,
 )
+from regard.backends.tile_counters import tile_counter
 from regard.config import AttentionConfig, AttentionInputs, KvCacheLayout
 from regard.errors import Reason
 from regard.kernels import hopper_tuning, tuning
@@ -82,6 +83,18 @@ class HopperBackend:
             reasons.append(Reason("backward", observed, needed, "flash is faster: this takes two passes here"))
         return [*reasons, *softcap_reasons(config)]
 
+    def yields_to(self, config: AttentionConfig) -> tuple[str, Reason] | None:
+        sizes = (config.batch, config.seqlen_q, config.seqlen_k, config.total_q or 0, config.total_k or 0)
+        if not all(isinstance(size, int) for size in sizes):
+            return None  # symbols, while torch.compile traces: the graph is for any size
+        tile, pack = _forward_tile(config)
+        if _key_splits(config, tile, pack, hopper_tuning.MULTIPROCESSORS) > 1:
+            return None
+        keys = -(-(config.total_k or 0) // max(1, config.batch)) if config.varlen else config.seqlen_k
+        tiles = _query_tiles(config, tile, pack)
+        limits = hopper_tuning.small_call(config.head_dim, config.head_dim_v, tiles=tiles, keys=keys, pack=pack)
+        return None if limits is None else ("flash", Reason("small", *limits, "flash is faster"))
+
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
         return KvCacheLayout.PACKED if config.varlen else KvCacheLayout.CONTIGUOUS
 
@@ -93,7 +106,7 @@ class HopperBackend:
         if not tma.are_readable(looks[:3]):
             inputs = _all_readable_by_tma(inputs)
         with on_device(device):
-            counter, multiprocessors = _counter(device), _multiprocessors(device)
+            counter, multiprocessors = tile_counter(device), _multiprocessors(device)
             parts = new_parts(config, inputs.q, multiprocessors)
             tensors = (
                 *inputs[:3], out, *(parts or (out, lse)), counter, out, lse, _contiguous(inputs.sinks),
@@ -115,7 +128,7 @@ class HopperBackend:
 
         def arguments(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Sequence[Tensor | None]:
             parts = new_parts(config, q, _multiprocessors(q.device)) or (out, lse)
-            return q, k, v, out, *parts, _counter(q.device), out, lse, *others
+            return q, k, v, out, *parts, tile_counter(q.device), out, lse, *others
 
         return PlainCalls(self.forward, config, layout, _forward_key, arguments)
 
@@ -144,7 +157,7 @@ class HopperBackend:
         with on_device(device):
             if not _needs_two_passes(config):
                 sums = torch.zeros(query_sums_shape(config), dtype=torch.float32, device=device)
-                counter = _counter(device)
+                counter = tile_counter(device)
                 tensors |= dict(dq_desc=sums, sums_ptr=sums, counter_ptr=counter)
 
             def launches() -> list[Launch]:
@@ -194,15 +207,23 @@ def new_parts(config: AttentionConfig, q: Tensor, multiprocessors: int) -> tuple
 
 
 def _parts_without_memory(config: AttentionConfig, q: Tensor, multiprocessors: int) -> tuple[Tensor, Tensor] | None:
-    if config.varlen:
-        return None
     tile, pack = _forward_tile(config)
-    keys = _keys_seen(config, min(config.seqlen_q, tile.block_m // pack))
-    splits = hopper_tuning.key_splits(_query_tiles(config, tile, pack), keys, multiprocessors)
+    splits = _key_splits(config, tile, pack, multiprocessors)
     if splits == 1:
         return None
     rows, one = (splits, config.batch, config.seqlen_q), q.new_empty((), dtype=torch.float32)
     return one.expand(*rows, config.heads_q, config.head_dim_v), one.expand(config.heads_q, *rows)
+
+
+def _key_splits(config: AttentionConfig, tile: hopper_tuning.HopperTile, pack: int, multiprocessors: int) -> int:
+    if config.varlen:
+        return 1
+    return hopper_tuning.key_splits(
+        _query_tiles(config, tile, pack),
+        _keys_seen(config, min(config.seqlen_q, tile.block_m // pack)),
+        config.batch * config.seqlen_q * config.heads_q,
+        multiprocessors,
+    )
 
 
 def _forward_tile(config: AttentionConfig) -> tuple[hopper_tuning.HopperTile, int]:
@@ -581,20 +602,3 @@ def _layout(block: tuple[int, ...], dtype: torch.dtype, swizzled: bool) -> Any:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-_counters: dict[tuple[int, int], Tensor] = {}
-
-
-def _counter(device: torch.device) -> Tensor:
-    """The tile counter of the current stream: two zeros that every launch leaves as zeros.
-
-    Launches on one stream follow each other; a captured graph may run beside them and gets a counter of its own.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
-    known = _counters.get(key)
-    if known is None:
-        known = _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
-    return known

@@ -55,6 +55,17 @@ _NARROW = {64: 512, 128: 256}
 MOST_SPLITS = 128
 _LEAST_KEYS = 1024  # of a tile that is split: below, merging costs what it saves
 _LEAST_SPLIT_KEYS = 256
+_FEW_ROWS = 512  # of the output
+_FEW_ROWS_SPLIT_KEYS = 128
+_ROWS_MERGED_PER_KEY = 8  # while a tile attends to one key more: splits must save more keys than merging costs
+
+MULTIPROCESSORS = 132
+"""Of an H100 SXM or H200."""
+
+_STEP_KEYS = 128
+_SMALL = {64: (384, 1584), 128: (96, 660)}
+"""Keys of a sequence, and steps of all tiles, up to which the portable kernels are faster, by head dim; wider heads
+have nothing to gain. Where heads share a tile, and so its keys, as many times less."""
 
 # padded head dim, the larger of D and Dv -> tile
 FORWARD = {
@@ -107,17 +118,41 @@ def forward_tile(
     return tile
 
 
-def key_splits(tiles: int, keys: int, multiprocessors: int) -> int:
+def key_splits(tiles: int, keys: int, rows: int, multiprocessors: int) -> int:
     """Parts in which the forward takes the keys of a query tile, so that few tiles fill the device too; 1 where whole.
 
     Args:
         tiles: of the call.
         keys: that one of them sees, at most.
+        rows: of the output, in all heads; writing and merging the parts of each takes time.
         multiprocessors: of the device.
     """
     if keys < _LEAST_KEYS or tiles == 0:
         return 1
-    return max(1, min(multiprocessors // tiles, keys // _LEAST_SPLIT_KEYS, MOST_SPLITS))
+    least = _FEW_ROWS_SPLIT_KEYS if rows <= _FEW_ROWS else _LEAST_SPLIT_KEYS
+    splits = max(1, min(multiprocessors // tiles, keys // least, MOST_SPLITS))
+    return splits if (keys - keys // splits) * _ROWS_MERGED_PER_KEY > rows else 1
+
+
+def small_call(head_dim: int, head_dim_v: int, *, tiles: int, keys: int, pack: int) -> tuple[str, str] | None:
+    """What a call has, and what it needs, where it is too small for the pipeline of these kernels: the portable ones,
+    of which a multiprocessor runs several programs at a time, are faster. None where it is not.
+
+    Args:
+        head_dim, head_dim_v: of the call.
+        tiles: of the call, whose keys are whole.
+        keys: of a sequence, on average.
+        pack: query heads that share a tile.
+    """
+    found = _SMALL.get(table_head_dim(max(head_dim, head_dim_v)))
+    if found is None:
+        return None
+    small_keys, small_steps = (most // pack for most in found)
+    if keys <= small_keys:
+        return f"sequences of {keys} keys", f"more than {small_keys}"
+    if tiles * -(-keys // _STEP_KEYS) <= small_steps:
+        return f"{tiles} tiles of queries by {keys} keys", f"more than {small_steps} steps of {_STEP_KEYS} keys"
+    return None
 
 
 def backward_block_m(head_dim: int, head_dim_v: int) -> int:
