@@ -1,6 +1,7 @@
-"""Calls of q, k and v alone may skip the canonical inputs: the same answer, and only where nothing else is asked."""
+"""Calls of q, k, v, a mask and a bias may skip the canonical inputs: the same answer, and only where no more is asked."""
 
 import contextlib
+import operator
 
 import pytest
 import torch
@@ -258,13 +259,21 @@ def test_biased_calls_are_exact(case, dtype, layout):
                 assert_close(one, of, beside)
 
 
-def test_a_mask_is_given_to_a_shortcut_as_it_is_in_every_call(short, monkeypatch):
+def test_masks_and_biases_are_given_to_a_shortcut_as_they_are_in_every_call(short, monkeypatch):
     seen = []
-    monkeypatch.setattr(short, "shortcut", lambda config, layout: lambda q, k, v, mask: seen.append(mask) or q.clone())
+    monkeypatch.setattr(short, "shortcut", lambda *_: lambda q, k, v, *shaping: seen.append(shaping) or q.clone())
     masks = [torch.ones(9, 9, dtype=torch.bool), torch.zeros(9, 9, dtype=torch.bool), torch.ones(9, dtype=torch.bool)]
-    for mask in masks:
+    biases = [torch.zeros(9, 9), torch.ones(9, 9), torch.zeros(9)]
+    for mask, bias in zip(masks, biases, strict=True):
         regard.attention(*qkv(), mask=mask)
-    assert len(seen) == 3 and all(found is mask for found, mask in zip(seen, masks, strict=True))
+        regard.attention(*qkv(), bias=bias)
+        regard.attention(*qkv(), mask=mask, bias=bias)
+    expected = [
+        shaping for mask, bias in zip(masks, biases, strict=True) for shaping in ((mask,), (bias,), (mask, bias))
+    ]
+    assert len(seen) == 9
+    for found, given in zip(seen, expected, strict=True):
+        assert len(found) == len(given) and all(map(operator.is_, found, given))
 
 
 def test_a_causal_mask_made_in_inference_mode_serves_training():
@@ -308,3 +317,9 @@ def test_calls_without_a_shortcut_have_none():
     q, k, v = qkv(sk=24)
     config = regard.AttentionConfig.from_tensors(q, k, v[..., :8])
     assert registry.get("cpu").shortcut(config, "bshd") is None, "two head dims"
+    for backend, device in (("sdpa", "cpu"), ("flash", "cuda")):
+        config = regard.AttentionConfig(
+            batch=1, seqlen_q=9, seqlen_k=24, heads_q=2, heads_kv=2, head_dim=16, device=device, dtype=torch.float16,
+            bias_shape=(1, 1, 9, 24),
+        )  # fmt: skip
+        assert registry.get(backend).shortcut(config, "bshd") is None, "a bias"

@@ -253,18 +253,19 @@ def _run(tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str | None
                     return _run(_autocast(tensors, torch.get_autocast_dtype(kind)), options, backend)
         plan = plans.make(tensors, options, backend)
     config, selection, shortcut, traced = plan
-    q, k, v, mask = tensors[:4]
+    q, k, v, mask, bias = tensors[:5]
     if shortcut is not None:
         try:
+            if bias is not None:
+                return shortcut(q, k, v, bias) if mask is None else shortcut(q, k, v, mask, bias)
             return shortcut(q, k, v) if mask is None else shortcut(q, k, v, mask)
         except Exception:  # noqa: S110 - the long way says what is wrong, or finds another backend
             pass
-    bias, *rest = tensors[4:]
     transposed = options[0] == "bhsd"
     if transposed:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     seed = None if config.dropout_p == 0 else _draw_seed(config, q)
-    inputs = AttentionInputs._make((q, k, v, _four_dimensional(mask), _four_dimensional(bias), *rest, seed))
+    inputs = AttentionInputs._make((q, k, v, _four_dimensional(mask), _four_dimensional(bias), *tensors[5:], seed))
     out, lse = ops.attend(config, inputs, selection, traced=traced)
     if transposed:
         out = out.transpose(1, 2)

@@ -34,7 +34,7 @@ _Entries = Sequence[tuple[str, tuple[Reason, ...]]]
 _YieldsTo = Callable[[AttentionConfig], "tuple[str, Reason] | None"]
 
 Shortcut = Callable[..., Tensor]
-"""From q, k and v in the caller's layout, and the caller's mask if there is one, to out in the layout."""
+"""From q, k and v in the caller's layout, and the caller's mask and bias if there are any, to out in the layout."""
 
 
 @runtime_checkable
@@ -412,7 +412,7 @@ def backend_is_composed_of_torch_ops(backend: AttentionBackend) -> bool:
 
 def shortcut(backend: AttentionBackend, config: AttentionConfig, layout: str) -> Shortcut | None:
     """What a backend offers in its optional method ``shortcut(config, layout)`` for calls of q, k, v and at most a
-    mask: the call itself, for backends where making the canonical inputs would take as long.
+    mask and a bias: the call itself, for backends where making the canonical inputs would take as long.
 
     It is asked for calls with tensors of the same shapes, strides, dtypes and device, those that ``config`` was made
     from; their addresses differ. Where it raises, the call goes through ``forward``.
@@ -427,4 +427,4 @@ def shortcut(backend: AttentionBackend, config: AttentionConfig, layout: str) ->
     return offered(config, layout)
 
 
-_PLAIN = {"causal", "mask", "grad", "deterministic"}  # features of a call of q, k, v and at most a mask
+_PLAIN = {"causal", "mask", "bias", "grad", "deterministic"}  # of a call of q, k, v and at most a mask and a bias

@@ -84,7 +84,7 @@ class FlashBackend:
         return out, lse
 
     def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
-        if config.mask_shape is not None or config.device != "cuda":
+        if config.mask_shape is not None or config.bias_shape is not None or config.device != "cuda":
             return None
         if config.dtype == torch.float32:  # which has torch's precision of the moment
             return None

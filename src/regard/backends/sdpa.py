@@ -39,7 +39,7 @@ class SdpaBackend:
         return out.transpose(1, 2).contiguous(), None
 
     def shortcut(self, config: AttentionConfig, layout: str) -> Shortcut | None:
-        if config.mask_shape is not None:
+        if config.mask_shape is not None or config.bias_shape is not None:
             return None
         trusting = config.device == "cuda"
         if layout == "bhsd":
