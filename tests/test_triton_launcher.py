@@ -104,7 +104,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", types.SimpleNamespace(utils=utils))
     monkeypatch.setattr(driver, "PyCUtensorMap", Map)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: machine.stream, raising=False)
-    monkeypatch.setattr(hopper, "_counter", lambda device: machine.counter)
+    monkeypatch.setattr(hopper, "tile_counter", lambda device: machine.counter)
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(Launch, "run", lambda self, device: Compiled(self, machine))
     yield machine

@@ -1,8 +1,10 @@
 """How long a call takes, how much memory it takes, and what the machine could do at best, all measured.
 
-Implementations of a workload are timed in turns, a round each, by the same timer, so that a clock that drops or another
-program that starts hits all of them; ratios are taken round by round. Rounds go on until the median is known well
-enough or time is up. How well it is known is judged by rounds: what is timed in one shares the clock of its moment.
+Implementations of a workload are timed in turns by the same timer, so that a clock that drops or another program that
+starts hits all of them; ratios are taken round by round. A turn is one round, on a GPU several, of which the first are
+not counted: its clock follows the power that was drawn in the last hundredths of a second, by whatever ran before.
+Rounds go on until the median is known well enough or time is up. How well it is known is judged by rounds: what is timed
+in one shares the clock of its moment.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ _Z = 1.96  # of the normal distribution at that confidence
 LOW, HIGH = 0.2, 0.8  # quantiles that rows give beside the median
 SECONDS = {"cpu": 0.25, "cuda": 1.0}
 """Of measuring an implementation at most, unless told otherwise: a GPU at its power limit needs many rounds."""
-_WARM_UP = {"cpu": 0.0, "cuda": 0.2}  # seconds at most: a GPU comes cool, at another clock, from what was done before
 _MIN_ROUNDS = 10  # before an early stop: the interval of five is their range, which is small by chance now and then
 _ROUND = 20e-3  # seconds at most, on a GPU: short, so that a clock that swings is met at many moments
+_ROUNDS = {"cpu": (0, 1), "cuda": (3, 7)}  # of a turn: those that are not counted, and those that are
 _QUEUE = 256  # calls put on the GPU's queue at once; it holds about a thousand launches
 _FLUSH_BYTES = 512 << 20  # larger than any L2 cache
 
@@ -37,7 +39,8 @@ class Settings:
     """How to measure.
 
     Attributes:
-        seconds: of measuring for each implementation of a workload, at most; warm-up is not counted. None: `SECONDS`.
+        seconds: of measuring for each implementation of a workload, at most; on a GPU 3 in 10 rounds, during which its
+            clock settles, come on top. None: `SECONDS`.
         precision: stop earlier once the 95 % confidence interval of every median is within this fraction of it.
         flush_l2: empty the GPU's cache before every call.
         timer: ``"events"``, or ``"graph"`` or ``"auto"`` for CUDA-graph replay, during which the GPU never waits for
@@ -100,17 +103,16 @@ def time_together(runs: Mapping[str, Run], device: torch.device, settings: Setti
         settings: see `Settings`.
     """
     seconds = SECONDS[device.type] if settings.seconds is None else settings.seconds
-    samplers = _samplers(runs, device, settings, per_round=min(_ROUND, seconds / _MIN_ROUNDS))
+    uncounted, counted = _ROUNDS[device.type]
+    least_rounds = counted * math.ceil(_MIN_ROUNDS / counted)
+    samplers = _samplers(runs, device, settings, per_round=min(_ROUND, seconds / least_rounds))
     timings = {name: Timing(sampler.timer) for name, sampler in samplers.items()}
-    turns = _turns(samplers)
-    warm_at = time.perf_counter() + min(_WARM_UP[device.type], seconds / 2)
-    while time.perf_counter() < warm_at:
-        next(turns)
-    deadline = time.perf_counter() + seconds * len(samplers)
-    for turn in itertools.islice(turns, 10_000):
-        for name, taken in turn.items():
-            timings[name].samples += taken
-            timings[name].rounds.append(statistics.median(taken))
+    deadline = time.perf_counter() + seconds * len(samplers) * (uncounted + counted) / counted
+    for turn in itertools.islice(_turns(samplers, uncounted + counted), 10_000):
+        for name, rounds in turn.items():
+            for taken in rounds[uncounted:]:
+                timings[name].samples += taken
+                timings[name].rounds.append(statistics.median(taken))
         if time.perf_counter() > deadline or all(t.is_precise(settings.precision) for t in timings.values()):
             break
     return timings
@@ -144,11 +146,11 @@ def _samplers(runs: Mapping[str, Run], device: torch.device, settings: Settings,
         return events
 
 
-def _turns(samplers: _Samplers) -> Iterator[dict[str, list[float]]]:
-    """The samples of a round of each, back and forth, without end."""
+def _turns(samplers: _Samplers, rounds: int) -> Iterator[dict[str, list[list[float]]]]:
+    """The samples of so many rounds of each, one implementation after the other, back and forth, without end."""
     order = list(samplers)
     for names in itertools.cycle([order, order[::-1]]):
-        yield {name: samplers[name].sample() for name in names}
+        yield {name: [samplers[name].sample() for _ in range(rounds)] for name in names}
 
 
 class _WallClock:
