@@ -3,8 +3,8 @@
 Implementations of a workload are timed in turns by the same timer, so that a clock that drops or another program that
 starts hits all of them; ratios are taken round by round. A turn is one round, on a GPU several, of which the first are
 not counted: its clock follows the power that was drawn in the last hundredths of a second, by whatever ran before.
-Rounds go on until the median is known well enough or time is up. How well it is known is judged by rounds: what is timed
-in one shares the clock of its moment.
+Rounds go on until the median is known well enough or time is up. How well it is known is judged by rounds: what is
+timed in one shares the clock of its moment.
 """
 
 from __future__ import annotations
