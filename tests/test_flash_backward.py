@@ -6,7 +6,8 @@ import torch
 import regard
 from regard import AttentionConfig, AttentionInputs
 from regard.backends import flash
-from regard.testing import CASES, check_repeatable
+from regard.kernels import tuning
+from regard.testing import CASES, Case, check_backward, check_repeatable
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -30,6 +31,34 @@ def test_every_gradient_takes_the_two_repeatable_passes(monkeypatch, determinist
     launched.clear()  # a forward that was launched before is repeated
     out.sum().backward()
     assert [kernel.__name__ for kernel in launched] == ["row_terms", "backward_keys", "backward_queries"]
+
+
+TERMS_TOGETHER = [
+    Case("cut", seqlen_q=71, seqlen_k=85, head_dim=64, heads_q=4),
+    Case("causal", seqlen_q=130, seqlen_k=130, head_dim=64, causal=True),
+    Case("rows without keys", seqlen_q=70, seqlen_k=33, head_dim=64, causal=True, sinks=True),
+    Case("packed", lens_q=(9, 0, 70), lens_k=(67, 5, 12), head_dim=128, window=(30, 6), dropout_p=0.2),
+    Case("masked", seqlen_q=71, seqlen_k=69, head_dim=128, mask="b1qk", kv_lens=(50, 7), softcap=4.0, alibi="h"),
+]
+
+
+@pytest.mark.skipif(
+    ON_GPU, reason="device: got cuda, needs cpu (the interpreter, which takes any architecture's tiles)"
+)
+@pytest.mark.parametrize("case", TERMS_TOGETHER, ids=lambda case: case.name)
+def test_row_terms_in_one_load(monkeypatch, case):
+    launched = []
+    run = flash.Launch.run
+    monkeypatch.setattr(flash, "_INTERPRETER_ARCH", "sm90")
+    monkeypatch.setattr(flash.Launch, "run", lambda self, device: (launched.append(self), run(self, device))[1])
+    assert check_backward("flash", case, "cpu", torch.float16).status == "passed"
+    (keys,) = (launch for launch in launched if launch.kernel.__name__ == "backward_keys")
+    assert keys.arguments["TERMS_TOGETHER"] and 2 * keys.arguments["BLOCK_M"] == 32 * keys.options["num_warps"]
+
+
+def test_row_terms_come_together_where_each_thread_has_one():
+    tiles = {rule.tile for rules in tuning.BACKWARD_KEYS.values() for rule in rules if rule.tile.terms_together}
+    assert tiles and all(2 * tile.block_m == 32 * tile.num_warps for tile in tiles)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="device: got cpu, needs cuda; the interpreter runs programs in order")

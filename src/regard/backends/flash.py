@@ -433,6 +433,7 @@ def _tile_arguments(config: AttentionConfig, tile: tuning.Tile, cut: bool) -> di
         DIMS=tile.dims,
         ROW_SUMS=tile.row_sums,
         ONE_LOOP=tile.one_loop,
+        TERMS_TOGETHER=tile.terms_together,
         BLOCK_D=tuning.padded_head_dim(config.head_dim),
         BLOCK_DV=tuning.padded_head_dim(config.head_dim_v),
         RAGGED=cut or bounded_band(config) != (None, None) or config.varlen or config.kv_lens,

@@ -145,9 +145,21 @@ def row_terms(
 
 
 @triton.jit
-def load_row_terms(row_lse_base, delta_base, query, query_exists, MASKED: tl.constexpr):
-    """Row terms (lse, delta) of some queries; of those that do not exist, what makes their weights 0."""
-    if MASKED:
+def load_row_terms(row_lse_base, delta_base, query, query_exists, MASKED: tl.constexpr, TOGETHER: tl.constexpr = False):
+    """Row terms (lse, delta) of some queries; of those that do not exist, what makes their weights 0.
+
+    TOGETHER: in one load, an element a thread where there are two threads for each query. A load of fewer elements than
+    threads takes the layout of its use, in which every thread copies the terms of a quarter of the queries.
+    """
+    if TOGETHER:
+        which = tl.arange(0, 2)[None, :]
+        terms = tl.where(which == 0, row_lse_base, delta_base) + query[:, None]
+        if MASKED:
+            absent = tl.where(which == 0, float("inf"), 0.0)
+            row_lse, delta = tl.split(tl.load(terms, mask=query_exists[:, None], other=absent))
+        else:
+            row_lse, delta = tl.split(tl.load(terms))
+    elif MASKED:
         row_lse = tl.load(row_lse_base + query, mask=query_exists, other=float("inf"))
         delta = tl.load(delta_base + query, mask=query_exists, other=0.0)
     else:
@@ -165,7 +177,7 @@ def attend_queries(
     softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, DIMS: tl.constexpr,
+    PRECISION: tl.constexpr, DIMS: tl.constexpr, TERMS_TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Stream the query blocks of [start, stop) past the key tile, on (keys, queries) tiles of scores.
 
@@ -184,7 +196,7 @@ def attend_queries(
         q_tile = rows_from(q_base, q_strides, first_query)
         if max(BLOCK_D, BLOCK_DV) > DIMS:
             # Before the products: LLVM would keep all their operands across the branches of masked loads.
-            row_lse, delta = load_row_terms(row_lse_base, delta_base, query, query_exists, MASKED)
+            row_lse, delta = load_row_terms(row_lse_base, delta_base, query, query_exists, MASKED, TERMS_TOGETHER)
         q = load_rows(q_tile, q_strides, query_exists, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED, WIDE)
         if BLOCK_D > DIMS:
             qk = product_in_parts(
@@ -203,7 +215,7 @@ def attend_queries(
         else:
             grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         if max(BLOCK_D, BLOCK_DV) <= DIMS:
-            row_lse, delta = load_row_terms(row_lse_base, delta_base, query, query_exists, MASKED)
+            row_lse, delta = load_row_terms(row_lse_base, delta_base, query, query_exists, MASKED, TERMS_TOGETHER)
 
         mask_tile = None
         if mask_base is not None:
@@ -291,6 +303,7 @@ def backward_keys(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     DIMS: tl.constexpr,
+    TERMS_TOGETHER: tl.constexpr,  # see `load_row_terms`
 ):
     """Of a block of keys, dK and dV, summed over the query heads that share it."""
     # Neighbouring programs share a head's queries; with a causal bound the first keys have the most of them.
@@ -358,6 +371,7 @@ def backward_keys(
                 q_strides, k_strides, v_strides, grad_out_strides, mask_strides, bias_strides,
                 softmax_scale, softcap, window_left, window_right, dropout_threshold, dropout_rescale,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part == 1, RAW, WIDE, PRECISION, DIMS,
+                TERMS_TOGETHER,
             )  # fmt: skip
 
     dk = dk * softmax_scale

@@ -37,6 +37,7 @@ class Tile(NamedTuple):
     by_tma: tiles of Q, K, V and dO are brought by TMA, which costs no thread addresses, bounds or registers. The call's
     tensors must be such as it can read.
     one_loop: the forward masks its interior too, in one loop with the edges.
+    terms_together: the pass for dK and dV brings both row terms of its queries in one load, see `load_row_terms`.
     """
 
     block_m: int
@@ -47,6 +48,7 @@ class Tile(NamedTuple):
     row_sums: int = 1
     by_tma: bool = False
     one_loop: bool = False
+    terms_together: bool = False
 
 
 class Rule(NamedTuple):
@@ -165,8 +167,8 @@ BACKWARD_KEYS: TileTable = {
     ("sm89", 2, 128): _rules(32, 64, 8, 2),
     ("sm89", 2, 256): _rules(32, 32, 8, 1),
     # Measured on an H200, and so below: small programs, of which several fit a multiprocessor.
-    ("sm90", 2, 64): (_UNALIGNED, Rule(Tile(64, 64, 4, 2))),
-    ("sm90", 2, 128): (_UNALIGNED, Rule(Tile(64, 64, 4, 2))),
+    ("sm90", 2, 64): (_UNALIGNED, Rule(Tile(64, 64, 4, 2, terms_together=True))),
+    ("sm90", 2, 128): (_UNALIGNED, Rule(Tile(64, 64, 4, 2, terms_together=True))),
     ("sm90", 2, 256): (Rule(Tile(64, 64, 8, 2, by_tma=True)), _UNALIGNED, Rule(Tile(64, 64, 8, 2))),
     ("sm100", 2, 64): _rules(64, 128, 8, 2),
     ("sm100", 2, 128): _rules(64, 128, 8, 2),
