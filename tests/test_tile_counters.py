@@ -1,5 +1,7 @@
 """The counters of persistent kernels: one a stream, and one of its own for every launch in a captured graph."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -57,3 +59,20 @@ def test_captured_launches_without_one_fill_theirs(gpu, monkeypatch):
     counters = [tile_counter(CPU) for _ in range(4)]
     assert len({counter.data_ptr() for counter in counters}) == 4
     assert all(counter.tolist() == [0, 0] for counter in counters)
+
+
+def test_memory_of_graphs_outlives_the_last_counter_made_beforehand(gpu, monkeypatch):
+    made, zeros = [], torch.zeros
+
+    def noted(*shape, **options):
+        tensor = zeros(*shape, **options)
+        made.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    monkeypatch.setattr(torch, "zeros", noted)
+    monkeypatch.setattr(tile_counters, "_SPARE", 2)
+    tile_counter(CPU)
+    gpu.capturing = True
+    for _ in range(3):
+        tile_counter(CPU)  # a graph keeps the address only
+    assert made[1]() is not None

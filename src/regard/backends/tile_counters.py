@@ -34,4 +34,5 @@ def tile_counter(device: torch.device) -> Tensor:
 def _made_beforehand(device: torch.device) -> Iterator[Tensor]:
     zeros = torch.zeros(_SPARE, _SPACING, dtype=torch.int32, device=device)
     torch.cuda.current_stream(device).synchronize()  # graphs run on any stream
-    return (zeros[number, :2] for number in range(_SPARE))
+    # Unlike a generator, `map` may be asked by several threads, and keeps the memory, which graphs use, at its end.
+    return map(zeros[:, :2].__getitem__, range(_SPARE))
