@@ -128,6 +128,15 @@ def test_a_window_makes_no_square_of_scores():
     assert max(event.cpu_memory_usage for event in profile.events()) < length * length / 8
 
 
+def test_a_large_bias_of_another_dtype_is_converted_in_parts():
+    length = 4096
+    q, k, v = (torch.randn(1, length, 1, 16) for _ in range(3))
+    bias = torch.randn(length, length, dtype=torch.bfloat16)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        regard.attention(q, k, v, bias=bias, backend="cpu")
+    assert max(event.cpu_memory_usage for event in profile.events()) < bias.nbytes
+
+
 def test_backward_in_float64_with_everything():
     """Blocks of several sizes, every input that has a gradient, against the reference to float64's precision."""
     torch.manual_seed(1)

@@ -81,10 +81,11 @@ def unmasked_call(config: AttentionConfig) -> Call | None:
 
 
 def _masked_call(config: AttentionConfig) -> Call | None:
-    """With an additive mask, in one block."""
+    """With an additive mask, in one block; a large one only where it is the bias as it is, and needs no memory."""
     rows, causal = config.seqlen_q, config.causal and config.seqlen_q > 1
     hidden = causal or config.mask_shape is not None
-    if not _suits(config) or (hidden and (rows > FULL_SPEED_ROWS or rows * config.seqlen_k > _PAIRS_KEPT)):
+    made = hidden or _converted_bias(config) is not None
+    if not _suits(config) or (made and (rows > FULL_SPEED_ROWS or rows * config.seqlen_k > _PAIRS_KEPT)):
         return None
     additive, form, exact = _additive_maker(config, causal), _form(config), needs_exact_lse(config)
     trusted = _lse_test(config, hidden=hidden)
@@ -104,17 +105,24 @@ def _kernel_dtype(config: AttentionConfig) -> torch.dtype:
     return torch.float32 if is_widened(config) else config.dtype
 
 
+def _converted_bias(config: AttentionConfig) -> torch.dtype | None:
+    """What a bias must become for the kernel; None where there is none, or where the kernel takes it as it is."""
+    dtype = _kernel_dtype(config)
+    wide = torch.promote_types(dtype, torch.float32)
+    return None if config.bias_dtype in (None, dtype, wide) else wide
+
+
 def _additive_maker(config: AttentionConfig, causal: bool) -> Callable[..., Tensor]:
     """From the mask and the bias, those that there are, to what the kernel adds to scores.
 
     A hidden bias of infinity becomes NaN, which lse tells.
     """
     rows, keys, dtype = config.seqlen_q, config.seqlen_k, _kernel_dtype(config)
-    masked, biased, converted = config.mask_shape is not None, config.bias_shape is not None, config.bias_dtype != dtype
+    masked, biased, converted = config.mask_shape is not None, config.bias_shape is not None, _converted_bias(config)
 
     def of_bias(bias: Tensor) -> Tensor:
-        if converted:
-            bias = bias.to(torch.promote_types(dtype, torch.float32))
+        if converted is not None:
+            bias = bias.to(converted)
         return bias if bias.ndim == 4 else _as_the_kernel_takes(bias)
 
     def of_all(*shaping: Tensor) -> Tensor:
