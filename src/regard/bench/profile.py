@@ -21,15 +21,13 @@ from regard.bench.rows import Row
 from regard.config import AttentionConfig, AttentionInputs
 from regard.errors import ConfigError, UnsupportedError
 from regard.export import require_compiler
-from regard.kernels import tuning
+from regard.kernels import hopper_tuning, tuning
 from regard.registry import registry
 
 BACKENDS = ("hopper", "flash")
 """Those whose launches can be written down, in the order automatic selection tries them."""
 
 KIB = 1024
-_HOPPER_MULTIPROCESSORS = 132
-"""Of an H100 SXM or H200: as many programs of the `hopper` kernels stay resident."""
 
 
 class Multiprocessor(NamedTuple):
@@ -168,7 +166,7 @@ def _written_down(made: list[Launch]) -> Iterator[None]:
     with (
         patch.object(Launch, "run", write_down),
         patch.object(hopper, "tile_counter", lambda device: torch.empty(2, dtype=torch.int32, device=device)),
-        patch.object(hopper, "_multiprocessors", lambda _device: _HOPPER_MULTIPROCESSORS),
+        patch.object(hopper, "_multiprocessors", lambda _device: hopper_tuning.MULTIPROCESSORS),
     ):
         yield
 
