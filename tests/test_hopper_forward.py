@@ -18,7 +18,7 @@ from gluon_on_cpu import HOPPER, INTEGERS, PATIENCE, Registers, arguments_on_cpu
 from hopper_calls import DEVICE, expected, random_inputs
 
 import regard
-from regard.backends import hopper
+from regard.backends import hopper, hopper_plan
 from regard.export.cross_compile import meta_inputs
 from regard.kernels import hopper_tiles, hopper_tuning
 
@@ -170,7 +170,7 @@ def test_results(call, splits):
     called = CALLS[call]
     if call == "plain, wide" and splits == 3:
         pytest.skip("splits: got 3, needs at most 2 for two blocks of keys of which all are seen")
-    assert "one cut" not in call or hopper._one_cut(called, called.heads_q // called.heads_kv)
+    assert "one cut" not in call or hopper_plan.one_cut(called, called.heads_q // called.heads_kv)
     given = random_inputs(called)
     check(results_on_cpu(called, given, splits), expected(called, given))
 

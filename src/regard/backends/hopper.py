@@ -19,6 +19,7 @@ from regard.backends.flash import (
     softcap_reasons,
     triton_reason,
 )
+from regard.backends.hopper_plan import forward_tile, key_splits, one_cut, query_tiles, too_small
 from regard.backends.launch import (
     Launch,
     PlainCalls,
@@ -84,16 +85,8 @@ class HopperBackend:
         return [*reasons, *softcap_reasons(config)]
 
     def yields_to(self, config: AttentionConfig) -> tuple[str, Reason] | None:
-        sizes = (config.batch, config.seqlen_q, config.seqlen_k, config.total_q or 0, config.total_k or 0)
-        if not all(isinstance(size, int) for size in sizes):
-            return None  # symbols, while torch.compile traces: the graph is for any size
-        tile, pack = _forward_tile(config)
-        if _key_splits(config, tile, pack, hopper_tuning.MULTIPROCESSORS) > 1:
-            return None
-        keys = -(-(config.total_k or 0) // max(1, config.batch)) if config.varlen else config.seqlen_k
-        tiles = _query_tiles(config, tile, pack)
-        limits = hopper_tuning.small_call(config.head_dim, config.head_dim_v, tiles=tiles, keys=keys, pack=pack)
-        return None if limits is None else ("flash", Reason("small", *limits, "flash is faster"))
+        small = too_small(config)
+        return None if small is None else ("flash", Reason("small", *small, "flash is faster"))
 
     def required_kv_layout(self, config: AttentionConfig) -> KvCacheLayout:
         return KvCacheLayout.PACKED if config.varlen else KvCacheLayout.CONTIGUOUS
@@ -207,69 +200,12 @@ def new_parts(config: AttentionConfig, q: Tensor, multiprocessors: int) -> tuple
 
 
 def _parts_without_memory(config: AttentionConfig, q: Tensor, multiprocessors: int) -> tuple[Tensor, Tensor] | None:
-    tile, pack = _forward_tile(config)
-    splits = _key_splits(config, tile, pack, multiprocessors)
+    tile, pack = forward_tile(config)
+    splits = key_splits(config, tile, pack, multiprocessors)
     if splits == 1:
         return None
     rows, one = (splits, config.batch, config.seqlen_q), q.new_empty((), dtype=torch.float32)
     return one.expand(*rows, config.heads_q, config.head_dim_v), one.expand(config.heads_q, *rows)
-
-
-def _key_splits(config: AttentionConfig, tile: hopper_tuning.HopperTile, pack: int, multiprocessors: int) -> int:
-    if config.varlen:
-        return 1
-    return hopper_tuning.key_splits(
-        _query_tiles(config, tile, pack),
-        _keys_seen(config, min(config.seqlen_q, tile.block_m // pack)),
-        config.batch * config.seqlen_q * config.heads_q,
-        multiprocessors,
-    )
-
-
-def _forward_tile(config: AttentionConfig) -> tuple[hopper_tuning.HopperTile, int]:
-    """Tile of the forward, and how many heads share it: as many of one key/value head as a power of two allows."""
-    group = config.heads_q // config.heads_kv
-    pack = min(group & -group, hopper_tuning.ROWS)
-    left, right = bounded_band(config)
-    tile = hopper_tuning.forward_tile(
-        config.head_dim,
-        config.head_dim_v,
-        rows=config.seqlen_q * pack,
-        span=_keys_seen(config, 1),
-        causal=right is not None,
-        windowed=left is not None and right is not None,
-        one_cut=_one_cut(config, pack),
-        raw=config.softcap == 0 and not config.alibi,
-        wide_range=config.dtype == torch.bfloat16 and not config.varlen,
-    )
-    return tile, pack
-
-
-def _keys_seen(config: AttentionConfig, queries: int) -> int:
-    """Keys that so many queries side by side see together, at most."""
-    left, right = bounded_band(config)
-    if left is None or right is None:
-        return config.seqlen_k
-    return min(config.seqlen_k, left + right + queries)
-
-
-def _one_cut(config: AttentionConfig, pack: int) -> bool:
-    """Whether of the key blocks that a warpgroup attends to only the first, at the right edge, may need a mask: there
-    is no left edge, and the right one leaves no block in the middle of a warpgroup's rows.
-    """
-    left, right = bounded_band(config)
-    if right is None:
-        return left is None
-    aligned = (config.seqlen_k - config.seqlen_q + right) % (hopper_tuning.ROWS // pack) == 0
-    return left is None and aligned and not config.varlen and not config.kv_lens
-
-
-def _query_tiles(config: AttentionConfig, tile: hopper_tuning.HopperTile, pack: int) -> int:
-    """Of all heads; packed sequences may have fewer."""
-    positions = tile.block_m // pack
-    if config.varlen:
-        return config.heads_q // pack * (-(-(config.total_q or 0) // positions) + config.batch)
-    return config.batch * (config.heads_q // pack) * -(-config.seqlen_q // positions)
 
 
 def forward_launch(
@@ -293,7 +229,7 @@ def forward_launch(
     """
     from regard.kernels.hopper_forward import attention_forward
 
-    tile, pack = _forward_tile(config)
+    tile, pack = forward_tile(config)
     heads = config.heads_q // pack
     block_d, block_dv = (tuning.padded_head_dim(d) for d in (config.head_dim, config.head_dim_v))
     key_bytes = config.seqlen_k * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
@@ -318,7 +254,7 @@ def forward_launch(
         VALUE_STAGES=tile.value_stages,
         PACK=pack,
         RAGGED=_cut(config, tile.block_n),
-        ONE_CUT=_one_cut(config, pack),
+        ONE_CUT=one_cut(config, pack),
         SHARE_Q=tile.share_q,
         HOLD_Q=tile.hold_q,
         TAKE_TURNS=tile.take_turns,
@@ -328,7 +264,7 @@ def forward_launch(
         VOTE=tile.vote,
         STEADY=tile.steady,
     )
-    tiles = _query_tiles(config, tile, pack)
+    tiles = query_tiles(config, tile, pack)
     if parts is not None:
         part_out, part_lse = parts
         splits = len(part_out)

@@ -80,7 +80,7 @@ def bench(
     precision: Annotated[
         float, typer.Option(min=0, help="Stop earlier once medians are known this well (95 %).", rich_help_panel=_RUN)
     ] = 0.01,
-    timer: Annotated[str, typer.Option(help="On a GPU: auto, events or graph.", rich_help_panel=_RUN)] = "auto",
+    timer: Annotated[str, typer.Option(help="On a GPU: auto or events.", rich_help_panel=_RUN)] = "auto",
     flush_l2: Annotated[
         bool, typer.Option("--flush-l2", help="Empty the GPU's cache before each call.", rich_help_panel=_RUN)
     ] = False,
@@ -132,8 +132,8 @@ def bench(
         from regard.bench.progress import shown
         from regard.bench.run import Options, run
 
-        if timer not in ("auto", "events", "graph"):
-            raise ConfigError("timer", repr(timer), "auto, events or graph")
+        if timer not in ("auto", "events"):
+            raise ConfigError("timer", repr(timer), "auto or events")
         if fail_on_regression and compare is None:
             raise ConfigError("fail-on-regression", "no --compare", "the baseline to compare with")
         before = None if compare is None else baselines.load(compare)

@@ -43,9 +43,8 @@ class Settings:
             clock settles, come on top. None: `SECONDS`.
         precision: stop earlier once the 95 % confidence interval of every median is within this fraction of it.
         flush_l2: empty the GPU's cache before every call.
-        timer: ``"events"``, or ``"graph"`` or ``"auto"`` for CUDA-graph replay, during which the GPU never waits for
-            the host. It is the same for all of a workload: one that cannot be captured is timed by events, and the
-            others with it.
+        timer: ``"events"``, or ``"auto"`` for CUDA-graph replay, during which the GPU never waits for the host. It is
+            the same for all of a workload: one that cannot be captured is timed by events, and the others with it.
     """
 
     seconds: float | None = None

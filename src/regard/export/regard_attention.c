@@ -111,7 +111,7 @@ static int find_driver(struct driver *driver) {
 #endif
     struct {
         const char *name;
-        void *place;
+        void *address;
     } wanted[] = {
 #if REGARD_HIP
         {"hipGetDevice", &driver->current},           {"hipSetDevice", &driver->make_current},
@@ -137,7 +137,7 @@ static int find_driver(struct driver *driver) {
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         void *found = dlsym(file, wanted[i].name);
         if (found == NULL) return refuse(REGARD_DRIVER, "%s: has no %s", files[0], wanted[i].name);
-        memcpy(wanted[i].place, &found, sizeof found); /* ISO C has no cast from an object's address to a function's */
+        memcpy(wanted[i].address, &found, sizeof found); /* ISO C has no cast from an object's address to a function's */
     }
     return REGARD_OK;
 }
