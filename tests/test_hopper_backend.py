@@ -1,9 +1,13 @@
 """What the `hopper` backend refuses, what it is chosen for, and what it tells TMA. Its kernels need a GPU of their own."""
 
+import csv
 import dataclasses
 import importlib.util
 import itertools
+import math
+import statistics
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from regard.backends.hopper import HopperBackend
 from regard.export.cross_compile import meta_inputs
 from regard.kernels import hopper_tuning, tuning
 
+REPORTS = Path(__file__).parents[1] / "reports"
 MULTIPROCESSORS = 132
 SHARED_LIMIT = 227 * 1024
 HEAD_DIMS = range(8, 257, 8)
@@ -211,6 +216,35 @@ def test_flash_serves_what_is_too_small_for_hopper(builtin, case):
 @pytest.mark.parametrize("case", FASTER_WITH_HOPPER)
 def test_hopper_serves_what_is_large_enough(builtin, case):
     assert builtin.select(FASTER_WITH_HOPPER[case]).backend == "hopper"
+
+
+def measured_small_calls(requires_grad):
+    """Calls, and the times of both backends: of the forward, or of it and the backward."""
+    times, backward = {}, {}
+    with (REPORTS / "h200_small_calls.csv").open() as file:
+        for row in csv.DictReader(file):
+            mode, *microseconds = row.pop("mode"), float(row.pop("hopper_us")), float(row.pop("flash_us"))
+            (times if mode == "fwd" else backward)[tuple(row.items())] = microseconds
+    if requires_grad:
+        times = {call: list(map(sum, zip(times[call], more, strict=True))) for call, more in backward.items()}
+    for call, (hopper_us, flash_us) in times.items():
+        given = {name: int(value) for name, value in call if value}
+        given |= dict(causal=bool(given["causal"]), varlen="total_q" in given, requires_grad=requires_grad)
+        yield config(**given), {"hopper": hopper_us, "flash": flash_us}
+
+
+@pytest.mark.parametrize(
+    "requires_grad, calls, cost, cost_of_hopper", [(False, 585, 1.014, 1.17), (True, 78, 1.004, 1.13)]
+)
+def test_selection_takes_the_faster_backend_of_small_calls(builtin, requires_grad, calls, cost, cost_of_hopper):
+    """As a geometric mean over the faster one's time; reports/README.md says how they were measured."""
+    chosen, hopper = [], []
+    for called, times in measured_small_calls(requires_grad):
+        chosen.append(math.log(times[builtin.select(called).backend] / min(times.values())))
+        hopper.append(math.log(times["hopper"] / min(times.values())))
+    assert len(chosen) == calls
+    assert math.exp(statistics.mean(hopper)) > cost_of_hopper
+    assert math.exp(statistics.mean(chosen)) < cost
 
 
 def test_small_calls_are_hoppers_where_flash_is_gone(builtin):
