@@ -28,11 +28,9 @@ from regard import AttentionConfig, AttentionInputs
 from regard.backends import flash, hopper
 from regard.backends.launch import new_results
 from regard.backends.padded_rows import with_padded_rows
-from regard.kernels import tuning
+from regard.kernels import hopper_tuning, tuning
 
 RECORDS = Path(__file__).parent / "recorded"
-
-_MULTIPROCESSORS = 132  # of an H100 or H200; no kernel is compiled for their number
 
 KIB = 1024
 SHARED_LIMIT = {
@@ -86,7 +84,12 @@ def _hopper_forward(
     config: AttentionConfig, inputs: AttentionInputs
 ) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
     launch = hopper.forward_launch(
-        config, inputs, *new_results(config, inputs), _counter(inputs), _MULTIPROCESSORS, _parts(config, inputs)
+        config,
+        inputs,
+        *new_results(config, inputs),
+        _counter(inputs),
+        hopper_tuning.MULTIPROCESSORS,
+        _parts(config, inputs),
     )
     return launch.kernel, launch.arguments, launch.options
 
@@ -100,7 +103,7 @@ def _hopper_merge(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any
 
 def _parts(config: AttentionConfig, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What the splits of the keys pass on to their merge."""
-    return hopper.new_parts(config, inputs.q, _MULTIPROCESSORS)
+    return hopper.new_parts(config, inputs.q, hopper_tuning.MULTIPROCESSORS)
 
 
 def _hopper_backward(
@@ -109,7 +112,7 @@ def _hopper_backward(
     grad_out, lse = new_results(config, inputs)
     launch = hopper.backward_launch(
         config, inputs, grad_out, lse, lse, _sums(config, inputs), inputs.k, inputs.v, _counter(inputs),
-        _MULTIPROCESSORS,
+        hopper_tuning.MULTIPROCESSORS,
     )  # fmt: skip
     return launch.kernel, launch.arguments, launch.options
 
