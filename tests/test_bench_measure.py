@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -285,29 +285,38 @@ def device_clock(monkeypatch):
     work.seconds, work.clock, work.waited = 10e-6, lambda at: 1.0, lambda: host[0]
     work.queueing, work.hertz, work.slept, work.capturing = 0.0, 1e9, 0.0, []
 
-    @contextmanager
-    def graph(made):
-        work.capturing.append(made)
-        try:
-            yield
-        finally:
-            work.capturing.pop()
-
     class Stream:
         def wait_stream(self, other):
             pass
 
+    streams = [Stream()]
+
     @contextmanager
-    def stream(_):
-        yield
+    def on(stream):
+        streams.append(stream)
+        try:
+            yield
+        finally:
+            streams.pop()
+
+    @contextmanager
+    def graph(made, stream):
+        work.capturing.append(made)
+        try:
+            with on(stream):
+                yield
+        finally:
+            work.capturing.pop()
 
     for name, value in dict(
-        Event=Event, CUDAGraph=Graph, graph=graph, Stream=Stream, stream=stream, current_stream=Stream,
+        Event=Event, CUDAGraph=Graph, graph=graph, Stream=Stream, stream=on, current_stream=lambda: streams[-1],
         synchronize=synchronize, _sleep=sleep,
     ).items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: host[0]))
-    return work
+    measure._capture_stream.cache_clear()
+    yield work
+    measure._capture_stream.cache_clear()
 
 
 GPU = torch.device("cuda")
@@ -354,6 +363,20 @@ def test_where_one_cannot_be_captured_all_are_timed_by_events(device_clock):
     timers, medians = timed_beside(synchronising, device_clock)
     assert timers == ["events", "events"]
     assert medians == pytest.approx([10e-6, 10e-6])
+
+
+@pytest.mark.parametrize(("on_stream", "timer"), [(measure.on_capture_stream, "graph"), (nullcontext, "events")])
+def test_a_backward_is_captured_on_the_stream_of_its_forward(device_clock, on_stream, timer):
+    with on_stream(GPU):
+        forward_on = torch.cuda.current_stream()
+
+    def backward():
+        if device_clock.capturing and torch.cuda.current_stream() is not forward_on:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        device_clock()
+
+    timings = measure.time_together({"backward": backward}, GPU, Settings())
+    assert timings["backward"].timer == timer
 
 
 EVENTS = Settings(timer="events")

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -426,6 +427,25 @@ def test_the_list_of_suites_says_what_each_is_for():
     output = command("--list", "--device", "cpu").stdout
     assert "36 cases  the grid of the FlashAttention-3 paper" in output
     assert "implementations on cpu: cpu" in output and "torch-sdpa, eager" in output
+
+
+def test_what_is_timed_is_made_on_the_stream_it_is_captured_on(monkeypatch):
+    within, prepared = [None], []
+
+    @contextmanager
+    def on_capture_stream(device):
+        within.append(device.type)
+        yield
+        within.pop()
+
+    def prepare(self, *arguments, prepare=peers.OurBackend.prepare):
+        prepared.append(within[-1])
+        return prepare(self, *arguments)
+
+    monkeypatch.setattr("regard.bench.measure.on_capture_stream", on_capture_stream)
+    monkeypatch.setattr(peers.OurBackend, "prepare", prepare)
+    measured(cases=SMALL[:1], filters={"mode": ["bwd"]})
+    assert prepared and set(prepared) == {"cpu"}
 
 
 def test_overhead_of_a_small_cell(monkeypatch):

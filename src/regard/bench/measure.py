@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,6 +222,18 @@ class _Events:
         after.record()
 
 
+def on_capture_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """Queue what follows on the stream that CUDA graphs are captured on: a backward runs on the stream of its forward,
+    and can be captured on no other. On a CPU nothing.
+    """
+    return torch.cuda.stream(_capture_stream()) if device.type == "cuda" else nullcontext()
+
+
+@functools.cache
+def _capture_stream() -> Any:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 class _GraphReplay:
     """Several calls captured in a CUDA graph: the GPU runs them back to back, the host takes no part."""
 
@@ -232,12 +245,12 @@ class _GraphReplay:
         self._calls = min(_QUEUE, math.ceil(self._LONG_ENOUGH / estimate))
         self._replays = max(1, int(per_round / (self._calls * estimate)))
         self._graph = torch.cuda.CUDAGraph()
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side = _capture_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run()
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=side):
             for _ in range(self._calls):
                 run()
         self._graph.replay()

@@ -7,7 +7,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,8 @@ def run(options: Options, listener: Listener = lambda *_: None) -> Outcome:
             listener(workload.name, number, total, ())
             made: list[Row] = []
             if any((workload.name, each.name, device.type) not in done for each in implementations):
-                made = cells.measure(suite, workload)
+                with measure.on_capture_stream(device):
+                    made = cells.measure(suite, workload)
                 rows.write(path, made)
             collected += made
             listener(workload.name, number + 1, total, made)
@@ -282,12 +283,9 @@ class _Cells:
         return None
 
     def _time(self, workload: Workload, call: Call, prepared: Mapping[str, Prepared], made: Mapping[str, Row]) -> None:
-        settings = self._options.settings
-        if workload.mode != "fwd":  # a backward runs on the stream of its forward, which cannot be captured afterwards
-            settings = replace(settings, timer="events")
         runs = {name: ready.run for name, ready in prepared.items()}
         try:
-            timings = measure.time_together(runs, self._device, settings)
+            timings = measure.time_together(runs, self._device, self._options.settings)
         except Exception as error:
             for name in runs:
                 made[name] |= {
