@@ -2,7 +2,7 @@
 
 Implementations of a workload are timed in turns by the same timer, so that a clock that drops or another program that
 starts hits all of them; ratios are taken round by round. A turn is one round, on a GPU several, of which the first are
-not counted: its clock follows the power that was drawn in the last hundredths of a second, by whatever ran before.
+not counted: its clock follows the power that was drawn in the last tenths of a second, by whatever ran before.
 Rounds go on until the median is known well enough or time is up. How well it is known is judged by rounds: what is
 timed in one shares the clock of its moment.
 """
@@ -30,7 +30,8 @@ SECONDS = {"cpu": 0.25, "cuda": 1.0}
 """Of measuring an implementation at most, unless told otherwise: a GPU at its power limit needs many rounds."""
 _MIN_ROUNDS = 10  # before an early stop: the interval of five is their range, which is small by chance now and then
 _ROUND = 20e-3  # seconds at most, on a GPU: short, so that a clock that swings is met at many moments
-_ROUNDS = {"cpu": (0, 1), "cuda": (3, 7)}  # of a turn: those that are not counted, and those that are
+_ROUNDS = {"cpu": (0, 1), "cuda": (10, 25)}  # of a turn: those that are not counted, and those that are
+_LEAST_ROUNDS = 3  # of a turn, counted, where a call is longer than a round should be
 _QUEUE = 256  # calls put on the GPU's queue at once; it holds about a thousand launches
 _FLUSH_BYTES = 512 << 20  # larger than any L2 cache
 
@@ -40,8 +41,8 @@ class Settings:
     """How to measure.
 
     Attributes:
-        seconds: of measuring for each implementation of a workload, at most; on a GPU 3 in 10 rounds, during which its
-            clock settles, come on top. None: `SECONDS`.
+        seconds: of measuring for each implementation of a workload, at most; on a GPU 10 in 35 rounds, during which
+            its clock settles, come on top. None: `SECONDS`.
         precision: stop earlier once the 95 % confidence interval of every median is within this fraction of it.
         flush_l2: empty the GPU's cache before every call.
         timer: ``"events"``, or ``"auto"`` for CUDA-graph replay, during which the GPU never waits for the host. It is
@@ -103,17 +104,19 @@ def time_together(runs: Mapping[str, Run], device: torch.device, settings: Setti
         settings: see `Settings`.
     """
     seconds = SECONDS[device.type] if settings.seconds is None else settings.seconds
-    uncounted, counted = _ROUNDS[device.type]
-    least_rounds = counted * math.ceil(_MIN_ROUNDS / counted)
-    samplers = _samplers(runs, device, settings, per_round=min(_ROUND, seconds / least_rounds))
+    per_round = min(_ROUND, seconds / max(_MIN_ROUNDS, *_ROUNDS[device.type]))
+    samplers = _samplers(runs, device, settings, per_round)
     timings = {name: Timing(sampler.timer) for name, sampler in samplers.items()}
-    deadline = time.perf_counter() + seconds * len(samplers) * (uncounted + counted) / counted
-    for turn in itertools.islice(_turns(samplers, uncounted + counted), 10_000):
+    uncounted, counted = _rounds_of_a_turn(device, max(s.estimate for s in samplers.values()) / per_round)
+    limit = seconds * len(samplers) * (uncounted + counted) / counted
+    started = time.perf_counter()
+    for number, turn in enumerate(itertools.islice(_turns(samplers, uncounted + counted), 10_000), start=1):
         for name, rounds in turn.items():
             for taken in rounds[uncounted:]:
                 timings[name].samples += taken
                 timings[name].rounds.append(statistics.median(taken))
-        if time.perf_counter() > deadline or all(t.is_precise(settings.precision) for t in timings.values()):
+        after_half_a_turn_more = (time.perf_counter() - started) * (1 + 0.5 / number)
+        if after_half_a_turn_more > limit or all(t.is_precise(settings.precision) for t in timings.values()):
             break
     return timings
 
@@ -127,6 +130,12 @@ def speedup(reference: Timing, timing: Timing) -> tuple[float, float, float]:
 def _quantile(values: Sequence[float], fraction: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
+
+
+def _rounds_of_a_turn(device: torch.device, stretch: float) -> tuple[int, int]:
+    """How many are not counted and how many are, where the longest call takes ``stretch`` times as long as a round."""
+    uncounted, counted = (math.ceil(rounds / max(1.0, stretch)) for rounds in _ROUNDS[device.type])
+    return uncounted, max(counted, min(_LEAST_ROUNDS, _ROUNDS[device.type][1]))
 
 
 _Samplers = Mapping[str, "_WallClock | _Events | _GraphReplay"]
@@ -165,6 +174,7 @@ class _WallClock:
         if estimate < 10 * self._LONG_ENOUGH:
             estimate = min(estimate, self._seconds(3))
         self._calls = max(1, math.ceil(self._LONG_ENOUGH / estimate))
+        self.estimate = estimate
 
     def sample(self) -> list[float]:
         return [self._seconds(self._calls)]
@@ -241,7 +251,8 @@ class _GraphReplay:
     _LONG_ENOUGH = 1e-3
 
     def __init__(self, run: Run, estimate: float, per_round: float) -> None:
-        estimate = max(estimate, 1e-6)
+        self._run = run  # what the graph reads lives as long as this
+        self.estimate = estimate = max(estimate, 1e-6)
         self._calls = min(_QUEUE, math.ceil(self._LONG_ENOUGH / estimate))
         self._replays = max(1, int(per_round / (self._calls * estimate)))
         self._graph = torch.cuda.CUDAGraph()
