@@ -170,7 +170,7 @@ def test_launches_are_told_how_far_rows_can_be_read():
     inputs = with_padded_rows(AttentionInputs(q, k, k, bias=bias))
     config = AttentionConfig.from_tensors(q, k, k, bias=bias)
     made = [
-        flash.forward_launch(config, inputs, q, rows),
+        flash.forward_launches(config, inputs, q, rows)[0],
         *flash.backward_launches(config, inputs, q, rows, rows, inputs),
         flash.bias_launch(config, inputs, q, rows, rows, flash.new_bias_gradient(config, bias)),
     ]

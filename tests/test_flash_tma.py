@@ -104,10 +104,11 @@ def test_a_descriptor_ends_where_a_head_does(described):
 
 
 def test_the_table_says_what_is_brought_by_tma():
-    def by_tma(table, head_dim, causal):
-        return tuning.select_tile(table, "sm90", 2, head_dim, causal, 4096, (3, 6), True, True).by_tma
+    def by_tma(table, head_dim, causal, steady=False):
+        return tuning.select_tile(table, "sm90", 2, head_dim, causal, 4096, (3, 6), True, True, steady).by_tma
 
     for causal in (False, True):
         assert [by_tma(tuning.FORWARD, dim, causal) for dim in (64, 65, 128, 129)] == [False, True, True, False]
+        assert all(by_tma(tuning.FORWARD, dim, causal, steady=True) for dim in (64, 128, 256))
         for table in (tuning.BACKWARD_KEYS, tuning.BACKWARD_QUERIES):
             assert [by_tma(table, dim, causal) for dim in (64, 128, 129, 256)] == [False, False, True, True]

@@ -345,7 +345,7 @@ def test_flash_gives_descriptors_only_of_what_tma_can_read(machine, backend):
 
 def test_an_argument_that_would_be_that_of_the_first_call_is_noticed(machine):
     inputs, out = tensors(), gradient()
-    made = flash.forward_launch(CONFIG, inputs, out, rows_of())
+    made = flash.forward_launches(CONFIG, inputs, out, rows_of())[0]
     names = [name for name in (*flash._SCORE_TENSORS, *flash._FORWARD_TENSORS) if name != "lse_ptr"]
     with pytest.raises(AssertionError, match="of the first call"):
         Repetition(made, Compiled(made, machine), names, inputs.q.device)

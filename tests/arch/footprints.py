@@ -61,9 +61,14 @@ class Kernel(NamedTuple):
     products: bool = True
 
 
-def _forward(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-    launch = flash.forward_launch(config, inputs, *new_results(config, inputs))
-    return launch.kernel, launch.arguments, launch.options
+def _forward(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[str, int]]]:
+    """Launch ``index`` of the forward."""
+
+    def launch(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
+        made = flash.forward_launches(config, inputs, *new_results(config, inputs))[index]
+        return made.kernel, made.arguments, made.options
+
+    return launch
 
 
 def _backward(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[str, int]]]:
@@ -146,7 +151,8 @@ def _hopper_two_pass(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], 
 
 
 KERNELS = {
-    "forward": Kernel(tuning.FORWARD, _forward),
+    "forward": Kernel(tuning.FORWARD, _forward(0)),
+    "forward-again": Kernel({}, _forward(1)),
     "backward-keys": Kernel(tuning.BACKWARD_KEYS, _backward(0)),
     "backward-queries": Kernel(tuning.BACKWARD_QUERIES, _backward(1)),
     "backward-bias": Kernel({}, _backward(2)),
@@ -209,7 +215,12 @@ _HOPPER_TWO_PASSES: list[tuple[str, dict[str, Any]]] = [
     ("d128 everything", dict(head_dim=128, softcap=30.0, **_HOPPER_EVERYTHING)),
     ("d256 everything", dict(head_dim=256, softcap=30.0, **_HOPPER_EVERYTHING)),
 ]
-HOPPER_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+_STEADY: dict[str, Any] = dict(batch=8, seqlen_q=2048, seqlen_k=2048)
+SM90_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "forward-again": [
+        ("d64 causal", dict(head_dim=64, causal=True, **_STEADY)),
+        ("d128 plain", dict(head_dim=128, **_STEADY)),
+    ],
     "hopper-forward": [
         ("d64 plain", dict(head_dim=64)),
         ("d64 causal", dict(head_dim=64, causal=True)),
@@ -249,7 +260,7 @@ HOPPER_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "hopper-backward-keys": _HOPPER_TWO_PASSES,
     "hopper-backward-queries": _HOPPER_TWO_PASSES,
 }
-"""Calls that between them compile every tile and every feature of the Gluon kernels."""
+"""Calls that between them compile every tile and every feature of the Gluon kernels, and what else only sm90 has."""
 
 
 def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
@@ -263,8 +274,8 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             **{**sizes, "dtype": dtype, "device": "cuda", "arch": arch, **options}  # type: ignore[arg-type]
         )
 
-    if kernel in HOPPER_CASES:
-        for name, options in HOPPER_CASES[kernel] if arch == "sm90" else ():
+    if kernel in SM90_CASES:
+        for name, options in SM90_CASES[kernel] if arch == "sm90" else ():
             add(name, **{"dtype": torch.bfloat16, **options})
         return made
     for (entry_arch, itemsize, head_dim), rules in KERNELS[kernel].table.items():
@@ -276,11 +287,14 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             if shared or (head_dim == 64 and alone):
                 add(f"d{head_dim} causal", torch.float32, head_dim=head_dim, causal=True)
             continue
-        for causal, length, by_tma in _calls_by_tile(rules).values():
+        for causal, length, by_tma, steady in _calls_by_tile(rules).values():
             name = f"d{head_dim} {'causal' if causal else 'plain'}" + (f" k{length}" if length != _SEQLEN else "")
             name += "" if by_tma else " lengths"  # of which TMA knows nothing
             options = dict(seqlen_q=length, seqlen_k=length, causal=causal, kv_lens=not by_tma)
-            add(name, torch.bfloat16, head_dim=head_dim, **options)
+            options |= dict(batch=max(1, tuning.STEADY_FROM // (_HEADS * length**2))) if steady else {}
+            large = kernel == "forward" and _BATCH * _HEADS * length**2 >= tuning.STEADY_FROM
+            dtype = torch.float16 if large and not steady else torch.bfloat16  # whose maxima follow
+            add(name + (" steady" if steady else ""), dtype, head_dim=head_dim, **options)
         if kernel == "forward" and any(rule.aligned is False for rule in rules):
             add(f"d{head_dim - 8}-mqa unaligned", torch.bfloat16, head_dim=head_dim - 8, heads_kv=1)
             if any(rule.tile.by_tma for rule in rules):
@@ -303,13 +317,16 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
     return made
 
 
-def _calls_by_tile(rules: tuple[tuning.Rule, ...]) -> dict[tuning.Tile, tuple[bool, int, bool]]:
-    """For each tile that aligned calls get, one of them: causal, its length, and whether TMA can bring the tiles."""
-    found: dict[tuning.Tile, tuple[bool, int, bool]] = {}
+def _calls_by_tile(rules: tuple[tuning.Rule, ...]) -> dict[tuning.Tile, tuple[bool, int, bool, bool]]:
+    """For each tile that aligned calls get, one of them: causal, its length, whether TMA can bring the tiles, and
+    whether maxima may stay.
+    """
+    found: dict[tuning.Tile, tuple[bool, int, bool, bool]] = {}
     lengths = sorted({_SEQLEN, *(rule.min_seqlen_k for rule in rules if rule.min_seqlen_k)})
-    for by_tma, length, causal in itertools.product((True, False), lengths, (True, False)):
-        call = causal, length, flash.triton_version(), True, by_tma
-        found.setdefault(next(rule.tile for rule in rules if rule.applies(*call)), (causal, length, by_tma))
+    for steady, by_tma, length, causal in itertools.product((False, True), (True, False), lengths, (True, False)):
+        call = causal, length, flash.triton_version(), True, by_tma, steady
+        tile = next(rule.tile for rule in rules if rule.applies(*call))
+        found.setdefault(tile, (causal, length, by_tma, tile.steady))
     return found
 
 

@@ -20,7 +20,7 @@ def power_of_two(value):
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_every_call_has_a_tile(table, entry):
     flags = (False, True)
-    for call in itertools.product(flags, (0, 1, 512, 2**20), [*TRITON_VERSIONS, (4, 0)], flags, flags):
+    for call in itertools.product(flags, (0, 1, 512, 2**20), [*TRITON_VERSIONS, (4, 0)], flags, flags, flags):
         assert isinstance(tuning.select_tile(TABLES[table], *entry, *call), tuning.Tile)
 
 
@@ -32,7 +32,8 @@ def test_the_table_has_no_entry_that_nothing_asks_for(table):
 @pytest.mark.parametrize(("table", "entry", "rule"), RULES, ids=str)
 def test_every_rule_is_the_first_that_applies_somewhere(table, entry, rule):
     rules = TABLES[table][entry]
-    calls = itertools.product((False, True), {512, rule.min_seqlen_k}, TRITON_VERSIONS, (False, True), (False, True))
+    flags = (False, True)
+    calls = itertools.product(flags, {512, rule.min_seqlen_k}, TRITON_VERSIONS, flags, flags, flags)
     assert any(next((r for r in rules if r.applies(*call)), None) is rule for call in calls)
 
 
@@ -53,6 +54,13 @@ def test_a_tile_is_by_tma_only_where_the_call_and_the_gpu_can(table, entry, rule
     assert not rule.tile.by_tma or arch in ("sm90", "sm100", "sm120")
     calls = itertools.product((False, True), (512,), TRITON_VERSIONS, (False, True))
     assert not any(tuning.select_tile(TABLES[table], *entry, *call).by_tma for call in calls)
+
+
+@pytest.mark.parametrize(("table", "entry", "rule"), RULES, ids=str)
+def test_maxima_stay_only_where_the_call_allows_it(table, entry, rule):
+    assert not rule.tile.steady or (table == "forward" and not rule.tile.one_loop)
+    calls = itertools.product((False, True), (512, 2**20), TRITON_VERSIONS, (False, True), (False, True))
+    assert not any(tuning.select_tile(TABLES[table], *entry, *call).steady for call in calls)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class FlashBackend:
                 config.prepared,
                 _forward_key(config, inputs),
                 dict(zip(_SCORE_TENSORS + _FORWARD_TENSORS, tensors, strict=True)),
-                lambda: [forward_launch(config, inputs, out, lse)],
+                lambda: forward_launches(config, inputs, out, lse),
                 device,
             )
         return out, lse
@@ -142,21 +142,29 @@ def _forward_key(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any,
     return "flash forward", inputs.q.device.index, _product_precision(config), appearance(inputs)
 
 
-def forward_launch(
-    config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor, *, by_tma: bool = True
-) -> Launch:
-    """The forward kernel's launch for one call.
+def forward_launches(
+    config: AttentionConfig,
+    inputs: AttentionInputs,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    by_tma: bool = True,
+    steady: bool = True,
+) -> list[Launch]:
+    """The forward kernel's launches for one call: one, or a steady one and one for the tiles it could not do.
 
     Reads shapes and strides only, so that the compile gate can ask for calls on devices that are not there.
 
     Args:
         config, inputs, out, lse: the call.
         by_tma: whether TMA may bring tiles, where the table says so and it can.
+        steady: whether maxima may stay, where the table says so and they can.
     """
     from regard.kernels.forward import attention_forward
 
     aligned = _aligned(inputs.k) and _aligned(inputs.v)
-    tile = _tile(config, tuning.FORWARD, aligned, by_tma and _suits_tma(config, inputs[:3]))
+    by_tma = by_tma and _suits_tma(config, inputs[:3])
+    tile = _tile(config, tuning.FORWARD, aligned, by_tma, steady and _keeps_maxima(config))
     arguments = dict(
         **_score_arguments(config, inputs),
         **_tile_arguments(config, tile, config.seqlen_k % tile.block_n != 0),
@@ -168,7 +176,23 @@ def forward_launch(
         WIDE=_wide(inputs, out),
     )
     programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q
-    return _launch(attention_forward, programs, arguments, tile)
+    return [
+        _launch(attention_forward, programs, {**arguments, "STEADY": tile.steady and not again, "AGAIN": again}, tile)
+        for again in ((False, True) if tile.steady else (False,))
+    ]
+
+
+def _keeps_maxima(config: AttentionConfig) -> bool:
+    """Whether a steady launch can do a call, and saves more than the launch after it costs the host."""
+    pairs = config.batch * config.heads_q * config.seqlen_q * config.seqlen_k
+    # the weights of float16 would overflow, and a row must see a key at the edges
+    exact = config.dtype == torch.bfloat16 and config.mask_shape is None
+    return exact and _is_raw(config) and pairs >= tuning.STEADY_FROM
+
+
+def _is_raw(config: AttentionConfig) -> bool:
+    """Whether scores need nothing but a positive scale."""
+    return config.softcap == 0 and config.bias_shape is None and not config.alibi and config.softmax_scale > 0
 
 
 _FORWARD_TENSORS = ("out_ptr", "lse_ptr", "sinks_ptr", "block_table_ptr")
@@ -361,7 +385,9 @@ def _suits_tma(config: AttentionConfig, tensors: Sequence[Tensor]) -> bool:
     return ends_with_tensor and all(map(tma.is_readable, tensors))
 
 
-def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool, by_tma: bool) -> tuning.Tile:
+def _tile(
+    config: AttentionConfig, table: tuning.TileTable, aligned: bool, by_tma: bool, steady: bool = False
+) -> tuning.Tile:
     left, right = bounded_band(config)
     return tuning.select_tile(
         table,
@@ -373,6 +399,7 @@ def _tile(config: AttentionConfig, table: tuning.TileTable, aligned: bool, by_tm
         triton_version(),
         aligned,
         by_tma,
+        steady,
     )
 
 
@@ -402,7 +429,7 @@ def _score_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[s
         window_right=right,
         dropout_threshold=dropout_threshold(config.dropout_p) if inputs.dropout_seed is not None else None,
         dropout_rescale=1 / (1 - config.dropout_p) if inputs.dropout_seed is not None else None,
-        RAW=config.softcap == 0 and inputs.bias is None and slopes is None and config.softmax_scale > 0,
+        RAW=_is_raw(config),
         PRECISION=_product_precision(config),
     )
 

@@ -179,7 +179,7 @@ def launches(config: AttentionConfig) -> dict[str, Launch]:
     """What the `flash` backend would launch for a call, by step."""
     inputs = with_padded_rows(meta_inputs(config))
     out, lse = new_results(config, inputs)
-    made = [flash.forward_launch(config, inputs, out, lse, by_tma=False)]
+    made = flash.forward_launches(config, inputs, out, lse, by_tma=False, steady=False)
     if config.requires_grad:
         made.append(flash.row_terms_launch(config, inputs, out, out, lse, None, lse, lse))
         made += flash.backward_launches(config, inputs, out, lse, lse, inputs, by_tma=False)

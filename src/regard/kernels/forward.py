@@ -29,6 +29,8 @@ from regard.kernels.scores import (
     tile_offsets,
 )
 
+GROWTH = tl.constexpr(2.0**48)  # of sums whose maxima stay: 2**80 is left for what the values come to
+
 
 @triton.jit
 def first_softmax(sinks_ptr, head, BLOCK_M: tl.constexpr, ROW_SUMS: tl.constexpr):
@@ -50,10 +52,7 @@ def first_softmax(sinks_ptr, head, BLOCK_M: tl.constexpr, ROW_SUMS: tl.constexpr
 
 @triton.jit
 def online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr, RAW: tl.constexpr):
-    """One step of the online softmax: this tile's weights, the old state's decay, and the new state.
-
-    A row sum in parts takes of each part's columns, such as a thread holds: no step of it moves between threads.
-    """
+    """One step of the online softmax: this tile's weights, the old state's decay, and the new state."""
     factor = scale * LOG2_E if RAW else LOG2_E
     new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     anchor = new_max
@@ -61,24 +60,45 @@ def online_softmax(scores, row_max, row_sum, scale, MASKED: tl.constexpr, RAW: t
         anchor = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
     weights = tl.exp2(scores * factor - anchor[:, None])
     decay = tl.exp2(row_max - anchor)
-    if len(row_sum.shape) == 2:
-        parts: tl.constexpr = row_sum.shape[1]
-        by_part = weights.reshape(weights.shape[0], weights.shape[1] // parts, parts)
-        row_sum = row_sum * decay[:, None] + tl.sum(by_part, 1)
-    else:
-        row_sum = row_sum * decay + tl.sum(weights, 1)
-    return weights, decay, new_max, row_sum
+    kept = row_sum * (decay[:, None] if len(row_sum.shape) == 2 else decay)
+    return weights, decay, new_max, kept + sum_of_weights(weights, row_sum)
 
 
 @triton.jit
-def last_softmax(acc, row_max, row_sum):
-    """Out and lse of the final state (algorithm 1, lines 12 and 13): 0 and -inf in rows that saw no key."""
+def steady_softmax(scores, row_max, row_sum, scale):
+    """The same with maxima that stay as they are: this tile's weights, and the new sum.
+
+    A maximum is a mere reference, which cancels in the end. That of the keys at the edges serves all others but where
+    these score far higher, of which the sum tells in the end.
+    """
+    weights = tl.exp2(scores * (scale * LOG2_E) - row_max[:, None])
+    return weights, row_sum + sum_of_weights(weights, row_sum)
+
+
+@triton.jit
+def sum_of_weights(weights, row_sum):
+    """In as many parts as the row sum has: each of columns that a thread holds, so that none moves between threads."""
+    if len(row_sum.shape) == 2:
+        parts: tl.constexpr = row_sum.shape[1]
+        return tl.sum(weights.reshape(weights.shape[0], weights.shape[1] // parts, parts), 1)
+    else:
+        return tl.sum(weights, 1)
+
+
+@triton.jit
+def last_softmax(acc, row_max, row_sum, STEADY: tl.constexpr):
+    """Out and lse of the final state (algorithm 1, lines 12 and 13): 0 and -inf in rows that saw no key. STEADY: lse is
+    inf in rows whose sum grew so far that values may overflow.
+    """
     if len(row_sum.shape) == 2:
         row_sum = tl.sum(row_sum, 1)
     nothing_visible = row_sum == 0
     row_sum = tl.where(nothing_visible, 1.0, row_sum)
     out = acc / row_sum[:, None]
-    return out, tl.where(nothing_visible, float("-inf"), row_max * LN_2 + tl.log2(row_sum) * LN_2)
+    lse = tl.where(nothing_visible, float("-inf"), row_max * LN_2 + tl.log2(row_sum) * LN_2)
+    if STEADY:
+        lse = tl.where(row_sum > GROWTH, float("inf"), lse)
+    return out, lse
 
 
 @triton.jit
@@ -141,7 +161,7 @@ def attend_keys(
     page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, DIMS: tl.constexpr,
+    PRECISION: tl.constexpr, DIMS: tl.constexpr, STEADY: tl.constexpr,
 ):  # fmt: skip
     """Stream the key blocks of [start, stop) past the query tile.
 
@@ -188,16 +208,21 @@ def attend_keys(
             allowed = load_pairs(mask_tile, mask_strides, row[:, None], column[None, :], pair_exists, WIDE)
             scores = tl.where(allowed != 0, scores, float("-inf"))
 
-        weights, decay, row_max, row_sum = online_softmax(
-            scores, row_max, row_sum, softmax_scale, MASKED or mask_base is not None or bias_base is not None, RAW
-        )
+        if STEADY:
+            weights, row_sum = steady_softmax(scores, row_max, row_sum, softmax_scale)
+        else:
+            weights, decay, row_max, row_sum = online_softmax(
+                scores, row_max, row_sum, softmax_scale, MASKED or mask_base is not None or bias_base is not None, RAW
+            )
         if seed is not None:
             keep = dropout_keep(seed, head, query, first_key, dropout_threshold, BLOCK_M, BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
 
         # V tile (BLOCK_N, BLOCK_DV)
         v = load_values(v_tile, v_strides, v_rows, key_exists, HEAD_DIM_V, BLOCK_N, BLOCK_DV, MASKED, WIDE)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        if not STEADY:
+            acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, row_max, row_sum
 
 
@@ -253,6 +278,8 @@ def attention_forward(
     DIMS: tl.constexpr,  # head dims of Q K^T at once: Q with more is read part by part for every key tile
     ROW_SUMS: tl.constexpr,  # parts that the sum of a row's weights is kept in, see `tuning.Tile`
     ONE_LOOP: tl.constexpr,  # the interior is masked as well, in one loop with the edges
+    STEADY: tl.constexpr,  # the interior comes last and keeps the edges' maxima, see `steady_softmax`
+    AGAIN: tl.constexpr,  # only tiles of which a steady launch says that a row's sum grew too far
 ):
     first_query, head, sequence = own_queries(seqlen_q, heads_q, window_right, BLOCK_M)
     start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, None, sequence, seqlen_q, total_q)
@@ -263,6 +290,11 @@ def attention_forward(
     shift = length_k - length_q
     query = first_query + tl.arange(0, BLOCK_M)
     query_exists = query < length_q
+    if AGAIN:
+        found = lse_ptr + row_offset(lse_strides, sequence, head, start_q) + query
+        grown = tl.load(found, mask=query_exists, other=0.0) == float("inf")
+        if tl.max(grown.to(tl.int32), 0) == 0:
+            return
 
     # Offsets of whole heads and sequences may pass 2**31 elements.
     sequence64, head_k64 = sequence.to(tl.int64), (head // group).to(tl.int64)
@@ -298,28 +330,33 @@ def attention_forward(
 
     last_query = tl.minimum(first_query + BLOCK_M, length_q) - 1
     start, full_start, full_stop, stop = key_span(
-        first_query, last_query, shift, length_k, window_left, window_right, BLOCK_N, RAGGED
+        first_query, last_query, shift, length_k, window_left, window_right, BLOCK_N, RAGGED or STEADY
     )
+    if STEADY and window_right is not None:
+        # the first row's last key belongs to the edge too, so that every row has a maximum from there
+        last_key = tl.maximum(first_query + shift + window_right, full_start)
+        full_stop = tl.minimum(full_stop, last_key // BLOCK_N * BLOCK_N)
     if ONE_LOOP:
         full_start, gap = stop, 0
     else:
         start, stop, gap = edge_span(start, full_start, full_stop, stop, window_left)
-    for part in tl.static_range(1 if ONE_LOOP else 0, 2 if RAGGED or ONE_LOOP else 1):
-        # the interior, then the edges: one body, masked only at the edges, where positions skip over the interior
+    for turn in tl.static_range(1 if ONE_LOOP else 0, 2 if RAGGED or ONE_LOOP or STEADY else 1):
+        # the interior and the edges, in this order or the other: one body, masked only at the edges, where positions
+        # skip over the interior
         acc, row_max, row_sum = attend_keys(
             acc, row_max, row_sum, q,
-            full_start if part == 0 else start,
-            full_stop if part == 0 else stop,
+            full_start if (turn == 1) == STEADY else start,
+            full_stop if (turn == 1) == STEADY else stop,
             full_start, gap,
             query, query_exists, sequence * heads_q + head, shift, length_k, readable_k,
             q_base, k_base, v_base, mask_base, bias_base, block_table_ptr, slope, seed,
             q_strides, k_strides, v_strides, mask_strides, bias_strides,
             page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part == 1, RAW, WIDE, PRECISION,
-            DIMS,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, (turn == 1) != STEADY, RAW, WIDE, PRECISION,
+            DIMS, STEADY and turn == 1,
         )  # fmt: skip
 
-    out, lse = last_softmax(acc, row_max, row_sum)
+    out, lse = last_softmax(acc, row_max, row_sum, STEADY)
     if seed is not None:
         out = out * dropout_rescale
     # out tile (BLOCK_M, BLOCK_DV)

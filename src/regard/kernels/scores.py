@@ -159,9 +159,9 @@ def key_span(
     """Key range [start, stop) of a tile of queries, and the part of it [full_start, full_stop) that needs no mask.
 
     With keys and queries, left and right exchanged and ``shift`` negated it is the query range of a tile of keys.
-    Blocks outside the range are never visited. The edges around the middle part come last and in one loop, which is
-    never empty (where nothing is cut, the last whole block serves): around a loop that might not run, between two
-    others, ptxas serialises the wgmma pipeline, which costs up to a quarter of the speed on sm90.
+    Blocks outside the range are never visited. The edges around the middle part share one loop, which is never empty
+    (where nothing is cut, the last whole block serves): around a loop that might not run, between two others, ptxas
+    serialises the wgmma pipeline, which costs up to a quarter of the speed on sm90.
     """
     start = 0
     stop = seqlen_k

@@ -26,6 +26,10 @@ _ALIASES = {
     "gfx1200": "gfx1201",
 }
 
+STEADY_FROM = 1 << 26
+"""Pairs of query and key from which the forward's maxima may stay. Fewer take an H200 less than 30 us, and the host may
+not be done with a second launch by then."""
+
 
 class Tile(NamedTuple):
     """A tile of BLOCK_M queries by BLOCK_N keys, the warps that work on it and the depth of its load pipeline.
@@ -37,6 +41,7 @@ class Tile(NamedTuple):
     by_tma: tiles of Q, K, V and dO are brought by TMA, which costs no thread addresses, bounds or registers. The call's
     tensors must be such as it can read.
     one_loop: the forward masks its interior too, in one loop with the edges.
+    steady: the forward keeps the maxima of the edges, see `forward.steady_softmax`. The call must allow it.
     terms_together: the pass for dK and dV brings both row terms of its queries in one load, see `load_row_terms`.
     """
 
@@ -48,11 +53,14 @@ class Tile(NamedTuple):
     row_sums: int = 1
     by_tma: bool = False
     one_loop: bool = False
+    steady: bool = False
     terms_together: bool = False
 
 
 class Rule(NamedTuple):
-    """A tile and when it applies: one by TMA only where that can bring the tiles. Of several rules the first wins."""
+    """A tile and when it applies: one by TMA only where that can bring the tiles, a steady one only where maxima may
+    stay. Of several rules the first wins.
+    """
 
     tile: Tile
     causal: bool | None = None
@@ -61,7 +69,7 @@ class Rule(NamedTuple):
     aligned: bool | None = None
 
     def applies(
-        self, causal: bool, seqlen_k: int, triton_version: tuple[int, int], aligned: bool, by_tma: bool
+        self, causal: bool, seqlen_k: int, triton_version: tuple[int, int], aligned: bool, by_tma: bool, steady: bool
     ) -> bool:
         """Whether a call falls under this rule."""
         return (
@@ -70,6 +78,7 @@ class Rule(NamedTuple):
             and triton_version >= self.min_triton
             and self.aligned in (None, aligned)
             and self.tile.by_tma <= by_tma
+            and self.tile.steady <= steady
         )
 
 
@@ -93,20 +102,29 @@ FORWARD: TileTable = {
     # products.
     # Rows that cannot be copied asynchronously go through registers, where Triton 3.6's wgmma gives wrong results for
     # some pairs of head dims (40 with 24); 32 queries a tile select the older matrix instruction, which does not.
+    # Where maxima stay TMA pays at every head dim, and programs of twice as many queries do at 64: there is less to
+    # overlap. Without, TMA is slower at 64 and not measured at 256.
     ("sm90", 2, 64): (
+        Rule(Tile(128, 64, 8, 3, row_sums=8, by_tma=True, steady=True), causal=False, min_seqlen_k=1024),
+        Rule(Tile(128, 64, 8, 3, row_sums=8, by_tma=True, steady=True), causal=True, min_seqlen_k=2048),
         Rule(Tile(32, 64, 4, 2), aligned=False),
+        Rule(Tile(64, 64, 4, 3, row_sums=8, steady=True), min_seqlen_k=1024),
         Rule(Tile(128, 64, 8, 3, row_sums=8), causal=True, min_seqlen_k=8192),
         Rule(Tile(64, 64, 4, 3, row_sums=8)),
     ),
-    # TMA: slower at head dim 64, not measured at 256. Where registers hold no addresses, one masked loop is faster.
+    # By TMA, registers hold no addresses, and one masked loop is faster.
     ("sm90", 2, 128): (
+        Rule(Tile(64, 64, 4, 3, row_sums=8, by_tma=True, steady=True), min_seqlen_k=1024),
         Rule(Tile(64, 64, 4, 3, row_sums=8, by_tma=True, one_loop=True), causal=True),
         Rule(Tile(64, 64, 4, 3, row_sums=8, by_tma=True)),
         Rule(Tile(32, 64, 4, 2), aligned=False),
+        Rule(Tile(64, 64, 4, 3, row_sums=8, steady=True), min_seqlen_k=2048),
         Rule(Tile(64, 64, 4, 3, row_sums=8)),
     ),
     ("sm90", 2, 256): (
+        Rule(Tile(128, 64, 8, 2, by_tma=True, steady=True), min_seqlen_k=1024),
         Rule(Tile(32, 32, 4, 2), aligned=False),
+        Rule(Tile(128, 64, 8, 2, steady=True), min_seqlen_k=2048),
         Rule(Tile(128, 64, 8, 2), min_seqlen_k=1024),
         Rule(Tile(128, 32, 8, 3)),
     ),
@@ -254,6 +272,7 @@ def select_tile(
     triton_version: tuple[int, int],
     aligned: bool = True,
     by_tma: bool = False,
+    steady: bool = False,
 ) -> Tile:
     """A kernel's tile.
 
@@ -267,9 +286,11 @@ def select_tile(
         triton_version: (major, minor).
         aligned: whether Triton can tell that rows start at multiples of 16 bytes.
         by_tma: whether TMA can bring the tiles.
+        steady: whether the forward's maxima may stay.
     """
     rules = table[arch, itemsize, table_head_dim(head_dim)]
-    return next(rule.tile for rule in rules if rule.applies(causal, seqlen_k, triton_version, aligned, by_tma))
+    call = causal, seqlen_k, triton_version, aligned, by_tma, steady
+    return next(rule.tile for rule in rules if rule.applies(*call))
 
 
 def padded_head_dim(head_dim: int) -> int:
