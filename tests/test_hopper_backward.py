@@ -389,7 +389,7 @@ def test_the_backward_launches_what_the_call_needs(options, two, monkeypatch):
     monkeypatch.setattr(Launch, "run", lambda launch, _device: ran.append(launch))
     counter = inputs.q.new_empty(2, dtype=torch.int32)
     monkeypatch.setattr(hopper, "tile_counter", lambda _device: counter)
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda _device: 132)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda _device: 132)
     out = inputs.q.new_empty(inputs.out_shape)
     lse = inputs.q.new_empty(inputs.lse_shape, dtype=torch.float32)
     found = HopperBackend().backward(called, inputs, out, lse, out, None)

@@ -20,7 +20,7 @@ from hopper_calls import DEVICE, expected, random_inputs
 import regard
 from regard.backends import hopper, hopper_plan
 from regard.export.cross_compile import meta_inputs
-from regard.kernels import hopper_tiles, hopper_tuning
+from regard.kernels import hopper_tiles, tuning
 
 config = functools.partial(hopper_calls.config, seqlen_q=100, seqlen_k=300, requires_grad=False)
 
@@ -321,7 +321,7 @@ def test_splits_share_the_blocks(splits):
     ],
 )
 def test_number_of_splits(tiles, keys, rows, splits):
-    assert hopper_tuning.key_splits(tiles, keys, rows, 132) == splits
+    assert tuning.key_splits(tiles, keys, rows, 132) == splits
 
 
 def parts_of(**options):

@@ -90,7 +90,7 @@ def made(monkeypatch):
     made = []
     monkeypatch.setattr(Launch, "run", lambda self, device: made.append((self, Compiled())) or made[-1][1])
     monkeypatch.setattr(hopper, "tile_counter", lambda device: torch.zeros(2, dtype=torch.int32))
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
     return made
 
 

@@ -16,7 +16,7 @@ import triton
 from triton.backends.nvidia import driver
 
 from regard import AttentionConfig, AttentionInputs
-from regard.backends import flash, hopper, launch, triton_launcher
+from regard.backends import flash, hopper, key_splits, launch, triton_launcher
 from regard.backends.launch import Launch, Repetition
 from regard.kernels import tuning
 
@@ -105,7 +105,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(driver, "PyCUtensorMap", Map)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: machine.stream, raising=False)
     monkeypatch.setattr(hopper, "tile_counter", lambda device: machine.counter)
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(Launch, "run", lambda self, device: Compiled(self, machine))
     yield machine
     CONFIG.prepared.clear()
@@ -232,7 +232,7 @@ def test_split_keys_are_two_launches_in_every_way(machine, monkeypatch, sinks):
                                  k_strides=k.stride(), v_strides=v.stride())  # fmt: skip
     inputs = AttentionInputs(q, k, v, sinks=torch.zeros(H) if sinks else None)
     results, parts = (torch.empty_like(q), torch.empty(B, H, 1)), hopper.new_parts(config, q, 132)
-    monkeypatch.setattr(hopper, "allocate", lambda *like: parts)
+    monkeypatch.setattr(key_splits, "allocate", lambda *like: parts)
     monkeypatch.setattr(hopper, "new_results", lambda *call: results)
     monkeypatch.setattr(launch, "allocate", lambda *like: results)
     backend = hopper.HopperBackend()

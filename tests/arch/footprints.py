@@ -26,6 +26,7 @@ import torch
 
 from regard import AttentionConfig, AttentionInputs
 from regard.backends import flash, hopper
+from regard.backends.key_splits import new_parts
 from regard.backends.launch import new_results
 from regard.backends.padded_rows import with_padded_rows
 from regard.kernels import hopper_tuning, tuning
@@ -65,7 +66,8 @@ def _forward(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[
     """Launch ``index`` of the forward."""
 
     def launch(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-        made = flash.forward_launches(config, inputs, *new_results(config, inputs))[index]
+        parts = new_parts(config, inputs.q, hopper_tuning.MULTIPROCESSORS, flash.splits_of)
+        made = flash.forward_launches(config, inputs, *new_results(config, inputs), parts)[index]
         return made.kernel, made.arguments, made.options
 
     return launch
@@ -179,6 +181,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "dropout": dict(dropout_p=0.1, causal=True),
     "varlen-gqa": dict(varlen=True, total_q=_ODD, total_k=_ODD, heads_kv=2, causal=True),
     "paged-gqa": dict(kv_lens=True, page_size=16, heads_kv=2, causal=True),
+    "paged-decode": dict(kv_lens=True, page_size=16, heads_kv=2, seqlen_q=1, seqlen_k=8192),
 }
 EVERYTHING: dict[str, Any] = dict(
     mask_shape=_SQUARE, bias_shape=_SQUARE, bias_dtype=torch.bfloat16, seqlen_q=_ODD, seqlen_k=_ODD, window=(128, 64),

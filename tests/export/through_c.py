@@ -72,7 +72,7 @@ class Device:
         if isinstance(value, torch.Tensor):
             return self.tensor(ctypes.c_void_p.from_address(next(addresses)).value)
         if name == "lse_strides":
-            return tuple(I64.from_address(next(addresses)).value for _ in range(2))
+            return *(I64.from_address(next(addresses)).value for _ in range(2)), *value[2:]
         kind = F32 if isinstance(value, float) else I64 if name == "block_table_stride" else I32
         return kind.from_address(next(addresses)).value
 

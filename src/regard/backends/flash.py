@@ -10,12 +10,14 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.backends import tma
+from regard.backends.key_splits import Parts, merge_launch, multiprocessors, new_parts
 from regard.backends.launch import (
     Launch,
     PlainCalls,
@@ -72,13 +74,14 @@ class FlashBackend:
     def forward(self, config: AttentionConfig, inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
         device, inputs = inputs.q.device, with_padded_rows(inputs)
         out, lse = new_results(config, inputs)
-        tensors = (*_score_tensors(config, inputs), *_forward_tensors(inputs, out, lse))
+        parts = new_parts(config, inputs.q, multiprocessors(device), splits_of)
+        tensors = (*_score_tensors(config, inputs), *_forward_tensors(inputs, out, lse, parts))
         with on_device(device):
             launch_or_repeat(
                 config.prepared,
                 _forward_key(config, inputs),
                 dict(zip(_SCORE_TENSORS + _FORWARD_TENSORS, tensors, strict=True)),
-                lambda: forward_launches(config, inputs, out, lse),
+                lambda: forward_launches(config, inputs, out, lse, parts),
                 device,
             )
         return out, lse
@@ -90,9 +93,12 @@ class FlashBackend:
             return None
         others = (None,) * (len(_SCORE_TENSORS) - 3)
         key = functools.partial(_forward_key, config)
-        return PlainCalls(
-            self.forward, config, layout, key, lambda q, k, v, out, lse: (q, k, v, *others, out, lse, None, None)
-        )
+
+        def arguments(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Sequence[Tensor | None]:
+            parts = new_parts(config, q, multiprocessors(q.device), splits_of) or (out, lse)
+            return q, k, v, *others, *parts, out, lse, None, None
+
+        return PlainCalls(self.forward, config, layout, key, arguments)
 
     @torch.no_grad()
     def backward(
@@ -147,39 +153,91 @@ def forward_launches(
     inputs: AttentionInputs,
     out: Tensor,
     lse: Tensor,
+    parts: Parts | None = None,
     *,
     by_tma: bool = True,
     steady: bool = True,
 ) -> list[Launch]:
-    """The forward kernel's launches for one call: one, or a steady one and one for the tiles it could not do.
+    """The launches for one call: one; a steady one and one for the tiles it could not do; or one for parts of the keys
+    and their merge.
 
     Reads shapes and strides only, so that the compile gate can ask for calls on devices that are not there.
 
     Args:
         config, inputs, out, lse: the call.
+        parts: of `new_parts`: where they are given, they are filled, and then merged.
         by_tma: whether TMA may bring tiles, where the table says so and it can.
         steady: whether maxima may stay, where the table says so and they can.
     """
     from regard.kernels.forward import attention_forward
 
+    merges = [] if parts is None else [merge_launch(config, inputs, parts, out, lse)]
+    if parts is not None:
+        part_out, part_lse = parts
+        out, lse, inputs = part_out.flatten(0, 1), part_lse.flatten(1, 2).transpose(0, 1), inputs._replace(sinks=None)
+    if _is_lone_query(config):
+        config, inputs, out, lse = _heads_as_queries(config, inputs, out, lse)
     aligned = _aligned(inputs.k) and _aligned(inputs.v)
     by_tma = by_tma and _suits_tma(config, inputs[:3])
-    tile = _tile(config, tuning.FORWARD, aligned, by_tma, steady and _keeps_maxima(config))
+    tile = _tile(config, tuning.FORWARD, aligned, by_tma, steady and not merges and _keeps_maxima(config))
     arguments = dict(
         **_score_arguments(config, inputs),
-        **_tile_arguments(config, tile, config.seqlen_k % tile.block_n != 0),
-        **dict(zip(_FORWARD_TENSORS, _forward_tensors(inputs, out, lse), strict=True)),
+        **_tile_arguments(config, tile, bool(merges) or config.seqlen_k % tile.block_n != 0),
+        out_ptr=out,
+        lse_ptr=lse,
+        sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
+        block_table_ptr=inputs.block_table,
         out_strides=_strides4(out),
-        lse_strides=_lse_strides(lse),
+        lse_strides=(*_lse_strides(lse), lse.stride(-1)),
         block_table_stride=0 if inputs.block_table is None else inputs.block_table.stride(0),
         page_size=config.page_size or 1,
+        splits=None if parts is None else len(parts[0]),
+        batch=None if parts is None else config.batch,
         WIDE=_wide(inputs, out),
     )
-    programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q
-    return [
+    programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q * (arguments["splits"] or 1)
+    made = [
         _launch(attention_forward, programs, {**arguments, "STEADY": tile.steady and not again, "AGAIN": again}, tile)
         for again in ((False, True) if tile.steady else (False,))
     ]
+    return [*made, *merges]
+
+
+def splits_of(config: AttentionConfig, multiprocessors: int) -> int:
+    """Parts in which a query tile's keys are taken; 1 where whole, as those of packed sequences are."""
+    if config.varlen:
+        return 1
+    tiles = config.batch * (config.heads_kv if _is_lone_query(config) else config.heads_q)
+    tiles *= -(-config.seqlen_q // _tile(config, tuning.FORWARD, True, False).block_m)
+    left, right = bounded_band(config)
+    keys = config.seqlen_k if left is None or right is None else min(config.seqlen_k, left + right + config.seqlen_q)
+    rows = config.batch * config.seqlen_q * config.heads_q
+    return tuning.key_splits(tiles, keys, rows, _PROGRAMS * multiprocessors)
+
+
+_PROGRAMS = 2
+"""That a multiprocessor should have to do: of small ones it holds at least two."""
+
+
+def _is_lone_query(config: AttentionConfig) -> bool:
+    """Whether all heads of a group ask for the same keys of their head in the same way, as those that decode do."""
+    left, _ = bounded_band(config)  # the last query sees everything to its right
+    apart = config.mask_shape or config.bias_shape or config.alibi or config.sinks or config.dropout_p > 0
+    return config.seqlen_q == 1 and not config.varlen and left is None and not apart
+
+
+def _heads_as_queries(
+    config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor
+) -> tuple[AttentionConfig, AttentionInputs, Tensor, Tensor]:
+    """The same call with a group's heads as the queries of one head: they share a tile, and read its keys once."""
+    group = config.heads_q // config.heads_kv
+    heads = (config.heads_kv, group)
+    q, by_group = (torch.unflatten(t[:, 0], 1, heads).transpose(1, 2) for t in (inputs.q, out))
+    alike = replace(
+        config, seqlen_q=group, heads_q=config.heads_kv, causal=False, window=None, q_strides=None, k_strides=None,
+        v_strides=None,
+    )  # fmt: skip
+    return alike, inputs._replace(q=q), by_group, torch.unflatten(lse[:, :, 0], 1, heads)
 
 
 def _keeps_maxima(config: AttentionConfig) -> bool:
@@ -195,12 +253,15 @@ def _is_raw(config: AttentionConfig) -> bool:
     return config.softcap == 0 and config.bias_shape is None and not config.alibi and config.softmax_scale > 0
 
 
-_FORWARD_TENSORS = ("out_ptr", "lse_ptr", "sinks_ptr", "block_table_ptr")
+_FORWARD_TENSORS = ("out_ptr", "lse_ptr", "merged_ptr", "merged_lse_ptr", "sinks_ptr", "block_table_ptr")
 
 
-def _forward_tensors(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:
+def _forward_tensors(
+    inputs: AttentionInputs, out: Tensor, lse: Tensor, parts: Parts | None
+) -> tuple[Tensor | None, ...]:
     """In the order of `_FORWARD_TENSORS`."""
-    return out, lse, None if inputs.sinks is None else inputs.sinks.contiguous(), inputs.block_table
+    sinks = None if inputs.sinks is None else inputs.sinks.contiguous()
+    return *(parts or (out, lse)), out, lse, sinks, inputs.block_table
 
 
 def new_gradients(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends import tma
+from regard.backends import key_splits, tma
 from regard.backends.flash import (
     bounded_band,
     new_gradients,
@@ -19,11 +19,11 @@ from regard.backends.flash import (
     softcap_reasons,
     triton_reason,
 )
-from regard.backends.hopper_plan import forward_tile, key_splits, one_cut, query_tiles, too_small
+from regard.backends.hopper_plan import forward_tile, one_cut, query_tiles, splits_of, too_small
+from regard.backends.key_splits import Parts, merge_launch, multiprocessors
 from regard.backends.launch import (
     Launch,
     PlainCalls,
-    allocate,
     appearance,
     launch_or_repeat,
     new_results,
@@ -99,15 +99,15 @@ class HopperBackend:
         if not tma.are_readable(looks[:3]):
             inputs = _all_readable_by_tma(inputs)
         with on_device(device):
-            counter, multiprocessors = tile_counter(device), _multiprocessors(device)
-            parts = new_parts(config, inputs.q, multiprocessors)
+            counter, count = tile_counter(device), multiprocessors(device)
+            parts = new_parts(config, inputs.q, count)
             tensors = (
                 *inputs[:3], out, *(parts or (out, lse)), counter, out, lse, _contiguous(inputs.sinks),
                 *_shared_tensors(config, inputs),
             )  # fmt: skip
 
             def launches() -> list[Launch]:
-                made = [forward_launch(config, inputs, out, lse, counter, multiprocessors, parts)]
+                made = [forward_launch(config, inputs, out, lse, counter, count, parts)]
                 return made if parts is None else [*made, merge_launch(config, inputs, parts, out, lse)]
 
             launch_or_repeat(config.prepared, key, dict(zip(_FORWARD_TENSORS, tensors, strict=True)), launches, device)
@@ -120,7 +120,7 @@ class HopperBackend:
         others = (None,) * (1 + len(_SHARED_TENSORS))
 
         def arguments(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Sequence[Tensor | None]:
-            parts = new_parts(config, q, _multiprocessors(q.device)) or (out, lse)
+            parts = new_parts(config, q, multiprocessors(q.device)) or (out, lse)
             return q, k, v, out, *parts, tile_counter(q.device), out, lse, *others
 
         return PlainCalls(self.forward, config, layout, _forward_key, arguments)
@@ -159,7 +159,7 @@ class HopperBackend:
                     gradients = inputs._replace(**found)
                     return [rows, *two_pass_launches(config, inputs, grad_out, row_lse, delta, gradients)]
                 both = backward_launch(
-                    config, inputs, grad_out, row_lse, delta, sums, dk, dv, counter, _multiprocessors(device)
+                    config, inputs, grad_out, row_lse, delta, sums, dk, dv, counter, multiprocessors(device)
                 )
                 return [rows, both, finish_launch(config, inputs, sums, dq)]
 
@@ -190,22 +190,9 @@ _FORWARD_TENSORS = (
 """What the forward kernel and the merge of its splits take, by the names of their arguments."""
 
 
-def new_parts(config: AttentionConfig, q: Tensor, multiprocessors: int) -> tuple[Tensor, Tensor] | None:
+def new_parts(config: AttentionConfig, q: Tensor, multiprocessors: int) -> Parts | None:
     """Memory for out and lse of every split of the keys, as `attention_forward` has them; None where keys are whole."""
-    key = new_parts, q.device, multiprocessors
-    if key not in config.prepared:
-        config.prepared[key] = _parts_without_memory(config, q, multiprocessors)
-    found: tuple[Tensor, Tensor] | None = config.prepared[key]
-    return None if found is None else allocate(*found)
-
-
-def _parts_without_memory(config: AttentionConfig, q: Tensor, multiprocessors: int) -> tuple[Tensor, Tensor] | None:
-    tile, pack = forward_tile(config)
-    splits = key_splits(config, tile, pack, multiprocessors)
-    if splits == 1:
-        return None
-    rows, one = (splits, config.batch, config.seqlen_q), q.new_empty((), dtype=torch.float32)
-    return one.expand(*rows, config.heads_q, config.head_dim_v), one.expand(config.heads_q, *rows)
+    return key_splits.new_parts(config, q, multiprocessors, splits_of)
 
 
 def forward_launch(
@@ -215,7 +202,7 @@ def forward_launch(
     lse: Tensor,
     counter: Tensor,
     multiprocessors: int,
-    parts: tuple[Tensor, Tensor] | None = None,
+    parts: Parts | None = None,
 ) -> Launch:
     """The forward kernel's launch for one call.
 
@@ -273,31 +260,6 @@ def forward_launch(
         arguments |= dict(out_ptr=part_out, lse_ptr=part_lse, sinks_ptr=None, splits=splits, total_q=rows)
     options = dict(num_warps=4, maxnreg=tile.max_registers)
     return Launch(attention_forward, min(multiprocessors, tiles), _wanted(attention_forward, arguments), options)
-
-
-def merge_launch(
-    config: AttentionConfig, inputs: AttentionInputs, parts: tuple[Tensor, Tensor], out: Tensor, lse: Tensor
-) -> Launch:
-    """The launch that fills out and lse from the parts of `forward_launch`; the sinks enter here."""
-    from regard.kernels.merge import merge_splits
-
-    part_out, part_lse = parts
-    rows = config.batch * config.seqlen_q
-    arguments = dict(
-        out_ptr=part_out,
-        lse_ptr=part_lse,
-        merged_ptr=out,
-        merged_lse_ptr=lse,
-        sinks_ptr=_contiguous(inputs.sinks),
-        splits=len(part_out),
-        rows=rows,
-        heads=config.heads_q,
-        seqlen_q=config.seqlen_q,
-        HEAD_DIM_V=config.head_dim_v,
-        BLOCK_DV=tuning.padded_head_dim(config.head_dim_v),
-        MOST_SPLITS=hopper_tuning.MOST_SPLITS,
-    )
-    return Launch(merge_splits, rows * config.heads_q, arguments, dict(num_warps=1))
 
 
 def _heads_in_turn(config: AttentionConfig, head_bytes: int, least_causal: int) -> int:
@@ -533,8 +495,3 @@ def _layout(block: tuple[int, ...], dtype: torch.dtype, swizzled: bool) -> Any:
     if swizzled:
         return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
     return gl.NVMMASharedLayout(0, 8 * dtype.itemsize, len(block))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -6,7 +6,7 @@ import torch
 
 from regard.backends.flash import bounded_band
 from regard.config import AttentionConfig
-from regard.kernels import hopper_tuning
+from regard.kernels import hopper_tuning, tuning
 
 
 def forward_tile(config: AttentionConfig) -> tuple[hopper_tuning.HopperTile, int]:
@@ -28,11 +28,12 @@ def forward_tile(config: AttentionConfig) -> tuple[hopper_tuning.HopperTile, int
     return tile, pack
 
 
-def key_splits(config: AttentionConfig, tile: hopper_tuning.HopperTile, pack: int, multiprocessors: int) -> int:
+def splits_of(config: AttentionConfig, multiprocessors: int) -> int:
     """Parts in which a query tile's keys are taken; 1 where whole, as those of packed sequences are."""
     if config.varlen:
         return 1
-    return hopper_tuning.key_splits(
+    tile, pack = forward_tile(config)
+    return tuning.key_splits(
         query_tiles(config, tile, pack),
         _keys_seen(config, min(config.seqlen_q, tile.block_m // pack)),
         config.batch * config.seqlen_q * config.heads_q,
@@ -75,7 +76,7 @@ def too_small(config: AttentionConfig) -> tuple[str, str] | None:
     if not all(isinstance(size, int) for size in sizes):
         return None
     tile, pack = forward_tile(config)
-    if key_splits(config, tile, pack, hopper_tuning.MULTIPROCESSORS) > 1:
+    if splits_of(config, hopper_tuning.MULTIPROCESSORS) > 1:
         return None
     keys = -(-(config.total_k or 0) // max(1, config.batch)) if config.varlen else config.seqlen_k
     tiles = query_tiles(config, tile, pack)

@@ -171,7 +171,7 @@ def _written_down(made: list[Launch]) -> Iterator[None]:
     with (
         patch.object(Launch, "run", write_down),
         patch.object(hopper, "tile_counter", lambda device: torch.empty(2, dtype=torch.int32, device=device)),
-        patch.object(hopper, "_multiprocessors", lambda _device: hopper_tuning.MULTIPROCESSORS),
+        patch.object(hopper, "multiprocessors", lambda _device: hopper_tuning.MULTIPROCESSORS),
     ):
         yield
 

@@ -102,6 +102,16 @@ def last_softmax(acc, row_max, row_sum, STEADY: tl.constexpr):
 
 
 @triton.jit
+def own_keys(split, splits, length_k, BLOCK_N: tl.constexpr):
+    """Where the keys of this program's part begin and end, where several share those of a query tile (Flash-Decoding,
+    see `merge.merge_splits`). A part that is left without keys ends at 0, so that nothing is visible.
+    """
+    keys = tl.cdiv(tl.cdiv(length_k, BLOCK_N), splits) * BLOCK_N
+    first = split * keys
+    return first, tl.where(first < length_k, tl.minimum(first + keys, length_k), 0)
+
+
+@triton.jit
 def locate_block(
     k_base, v_base, k_strides, v_strides, first_key, column, key_exists, block_table_ptr, page_size, WIDE: tl.constexpr
 ):  # fmt: skip
@@ -231,8 +241,8 @@ def attention_forward(
     q_ptr,  # (B, Sq, Hq, D), or packed (1, total_q, Hq, D) with a batch stride of 0; or like k and v a TMA descriptor
     k_ptr,  # (B, Sk, Hk, D), packed (1, total_k, Hk, D), or paged (pages, page_size, Hk, D)
     v_ptr,  # as k, with Dv
-    out_ptr,  # as q, with Dv
-    lse_ptr,  # (B, Hq, Sq), or packed (1, Hq, total_q); fp32
+    out_ptr,  # as q, with Dv; of parts of the keys (splits * B, Sq, Hq, Dv), fp32
+    lse_ptr,  # (B, Hq, Sq), or packed (1, Hq, total_q); fp32; of parts of the keys (splits * B, Hq, Sq)
     mask_ptr,  # uint8, broadcast to (B, Hq, Sq, Sk) by zero strides
     bias_ptr,  # float, likewise
     alibi_ptr,  # (B, Hq) fp32
@@ -251,6 +261,8 @@ def attention_forward(
     bias_strides,
     alibi_strides,
     block_table_stride,
+    splits,  # parts that the keys of a query tile are taken in, or None
+    batch,  # B where there are such, or None
     heads_q,
     group,  # query heads per key/value head
     seqlen_q,  # the longest, where packed
@@ -281,7 +293,10 @@ def attention_forward(
     STEADY: tl.constexpr,  # the interior comes last and keeps the edges' maxima, see `steady_softmax`
     AGAIN: tl.constexpr,  # only tiles of which a steady launch says that a row's sum grew too far
 ):
-    first_query, head, sequence = own_queries(seqlen_q, heads_q, window_right, BLOCK_M)
+    first_query, head, entry = own_queries(seqlen_q, heads_q, window_right, BLOCK_M)
+    sequence = entry
+    if splits is not None:
+        sequence = entry % batch
     start_q, length_q = sequence_bounds(cu_seqlens_q_ptr, None, sequence, seqlen_q, total_q)
     start_k, length_k = sequence_bounds(cu_seqlens_k_ptr, kv_lens_ptr, sequence, seqlen_k, total_k)
     if cu_seqlens_q_ptr is not None:
@@ -291,7 +306,7 @@ def attention_forward(
     query = first_query + tl.arange(0, BLOCK_M)
     query_exists = query < length_q
     if AGAIN:
-        found = lse_ptr + row_offset(lse_strides, sequence, head, start_q) + query
+        found = lse_ptr + row_offset(lse_strides, entry, head, start_q) + query * lse_strides[2]
         grown = tl.load(found, mask=query_exists, other=0.0) == float("inf")
         if tl.max(grown.to(tl.int32), 0) == 0:
             return
@@ -329,9 +344,16 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     last_query = tl.minimum(first_query + BLOCK_M, length_q) - 1
+    end_k = length_k
+    if splits is not None:
+        first_k, end_k = own_keys(entry // batch, splits, length_k, BLOCK_N)
     start, full_start, full_stop, stop = key_span(
-        first_query, last_query, shift, length_k, window_left, window_right, BLOCK_N, RAGGED or STEADY
+        first_query, last_query, shift, end_k, window_left, window_right, BLOCK_N, RAGGED or STEADY
     )
+    if splits is not None:
+        start, full_start = tl.maximum(start, first_k), tl.maximum(full_start, first_k)
+        full_stop = tl.maximum(full_stop, full_start)
+        stop = tl.maximum(stop, full_stop + 1)
     if STEADY and window_right is not None:
         # the first row's last key belongs to the edge too, so that every row has a maximum from there
         last_key = tl.maximum(first_query + shift + window_right, full_start)
@@ -348,7 +370,7 @@ def attention_forward(
             full_start if (turn == 1) == STEADY else start,
             full_stop if (turn == 1) == STEADY else stop,
             full_start, gap,
-            query, query_exists, sequence * heads_q + head, shift, length_k, readable_k,
+            query, query_exists, sequence * heads_q + head, shift, end_k, readable_k,
             q_base, k_base, v_base, mask_base, bias_base, block_table_ptr, slope, seed,
             q_strides, k_strides, v_strides, mask_strides, bias_strides,
             page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
@@ -360,7 +382,7 @@ def attention_forward(
     if seed is not None:
         out = out * dropout_rescale
     # out tile (BLOCK_M, BLOCK_DV)
-    out_base = head_base(out_ptr, out_strides, sequence, start_q + first_query, head)
+    out_base = head_base(out_ptr, out_strides, entry, start_q + first_query, head)
     store_rows(out_base, out_strides, out, query_exists, BLOCK_M, HEAD_DIM_V, BLOCK_DV, WIDE)
-    lse_base = lse_ptr + row_offset(lse_strides, sequence, head, start_q)
-    tl.store(lse_base + query, lse, mask=query_exists)
+    lse_base = lse_ptr + row_offset(lse_strides, entry, head, start_q)
+    tl.store(lse_base + query * lse_strides[2], lse, mask=query_exists)

@@ -52,13 +52,6 @@ _FEW_ROWS_64 = 256
 _NARROW = {64: 512, 128: 256}
 """Keys of a window up to which blocks of 64 are faster than blocks of 128, by head dim."""
 
-MOST_SPLITS = 128
-_LEAST_KEYS = 1024  # of a tile that is split: below, merging costs what it saves
-_LEAST_SPLIT_KEYS = 256
-_FEW_ROWS = 512  # of the output
-_FEW_ROWS_SPLIT_KEYS = 128
-_ROWS_MERGED_PER_KEY = 8  # while a tile attends to one key more: splits must save more keys than merging costs
-
 MULTIPROCESSORS = 132
 """Of an H100 SXM or H200."""
 
@@ -116,22 +109,6 @@ def forward_tile(
     if windowed and span <= _NARROW.get(entry, 0):
         tile = tile._replace(block_n=64, key_stages=4, value_stages=4)
     return tile
-
-
-def key_splits(tiles: int, keys: int, rows: int, multiprocessors: int) -> int:
-    """Parts in which the forward takes the keys of a query tile, so that few tiles fill the device too; 1 where whole.
-
-    Args:
-        tiles: of the call.
-        keys: that one of them sees, at most.
-        rows: of the output, in all heads; writing and merging the parts of each takes time.
-        multiprocessors: of the device.
-    """
-    if keys < _LEAST_KEYS or tiles == 0:
-        return 1
-    least = _FEW_ROWS_SPLIT_KEYS if rows <= _FEW_ROWS else _LEAST_SPLIT_KEYS
-    splits = max(1, min(multiprocessors // tiles, keys // least, MOST_SPLITS))
-    return splits if (keys - keys // splits) * _ROWS_MERGED_PER_KEY > rows else 1
 
 
 def small_call(head_dim: int, head_dim_v: int, *, tiles: int, keys: int, pack: int) -> tuple[str, str] | None:

@@ -37,12 +37,11 @@ def merge_splits(
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         highest = tl.maximum(highest, sink)
-    nothing_visible = highest == float("-inf")
-    base = tl.where(nothing_visible, 0.0, highest)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(tl.exp(lse - base), 0)
     if sinks_ptr is not None:
         total += tl.exp(sink - base)
-    total = tl.where(nothing_visible, 1.0, total)
+    total = tl.where(total == 0.0, 1.0, total)  # of a row that sees nothing; NaN, which a maximum passes over, stays
 
     column = tl.arange(0, BLOCK_DV)
     inside = column < HEAD_DIM_V

@@ -30,6 +30,13 @@ STEADY_FROM = 1 << 26
 """Pairs of query and key from which the forward's maxima may stay. Fewer take an H200 less than 30 us, and the host may
 not be done with a second launch by then."""
 
+MOST_SPLITS = 128
+_LEAST_KEYS = 1024  # of a tile that is split: below, merging costs what it saves
+_LEAST_SPLIT_KEYS = 256
+_FEW_ROWS = 512  # of the output
+_FEW_ROWS_SPLIT_KEYS = 128
+_ROWS_MERGED_PER_KEY = 8  # while a tile attends to one key more: splits must save more keys than merging costs
+
 
 class Tile(NamedTuple):
     """A tile of BLOCK_M queries by BLOCK_N keys, the warps that work on it and the depth of its load pipeline.
@@ -296,3 +303,19 @@ def select_tile(
 def padded_head_dim(head_dim: int) -> int:
     """Extent of a tile's head-dim axis: the next power of two a matrix instruction accepts."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def key_splits(tiles: int, keys: int, rows: int, multiprocessors: int) -> int:
+    """Parts in which the forward takes the keys of a query tile, so that few tiles fill the device too; 1 where whole.
+
+    Args:
+        tiles: of the call.
+        keys: that one of them sees, at most.
+        rows: of the output, in all heads; writing and merging the parts of each takes time.
+        multiprocessors: of the device.
+    """
+    if keys < _LEAST_KEYS or tiles == 0:
+        return 1
+    least = _FEW_ROWS_SPLIT_KEYS if rows <= _FEW_ROWS else _LEAST_SPLIT_KEYS
+    splits = max(1, min(multiprocessors // tiles, keys // least, MOST_SPLITS))
+    return splits if (keys - keys // splits) * _ROWS_MERGED_PER_KEY > rows else 1
