@@ -12,7 +12,7 @@ from regard import AttentionConfig, AttentionInputs
 from regard.backends import flash
 from regard.backends.launch import new_results
 from regard.kernels import tuning
-from regard.kernels.forward import GROWTH
+from regard.kernels.scores import GROWTH
 from regard.testing import Case, check_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # NumPy's

@@ -22,6 +22,7 @@ from regard.backends.launch import (
     Launch,
     PlainCalls,
     appearance,
+    contiguous,
     is_aligned,
     launch_or_repeat,
     new_results,
@@ -171,31 +172,32 @@ def forward_launches(
     """
     from regard.kernels.forward import attention_forward
 
-    merges = [] if parts is None else [merge_launch(config, inputs, parts, out, lse)]
+    splits, merges = None, []
     if parts is not None:
         part_out, part_lse = parts
+        splits, merges = len(part_out), [merge_launch(config, inputs, parts, out, lse)]
         out, lse, inputs = part_out.flatten(0, 1), part_lse.flatten(1, 2).transpose(0, 1), inputs._replace(sinks=None)
     if _is_lone_query(config):
         config, inputs, out, lse = _heads_as_queries(config, inputs, out, lse)
     aligned = _aligned(inputs.k) and _aligned(inputs.v)
     by_tma = by_tma and _suits_tma(config, inputs[:3])
-    tile = _tile(config, tuning.FORWARD, aligned, by_tma, steady and not merges and _keeps_maxima(config))
+    tile = _tile(config, tuning.FORWARD, aligned, by_tma, steady and splits is None and _keeps_maxima(config))
     arguments = dict(
         **_score_arguments(config, inputs),
-        **_tile_arguments(config, tile, bool(merges) or config.seqlen_k % tile.block_n != 0),
+        **_tile_arguments(config, tile, splits is not None or config.seqlen_k % tile.block_n != 0),
         out_ptr=out,
         lse_ptr=lse,
-        sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
+        sinks_ptr=contiguous(inputs.sinks),
         block_table_ptr=inputs.block_table,
         out_strides=_strides4(out),
         lse_strides=(*_lse_strides(lse), lse.stride(-1)),
         block_table_stride=0 if inputs.block_table is None else inputs.block_table.stride(0),
         page_size=config.page_size or 1,
-        splits=None if parts is None else len(parts[0]),
-        batch=None if parts is None else config.batch,
+        splits=splits,
+        batch=None if splits is None else config.batch,
         WIDE=_wide(inputs, out),
     )
-    programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q * (arguments["splits"] or 1)
+    programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q * (splits or 1)
     made = [
         _launch(attention_forward, programs, {**arguments, "STEADY": tile.steady and not again, "AGAIN": again}, tile)
         for again in ((False, True) if tile.steady else (False,))
@@ -209,10 +211,8 @@ def splits_of(config: AttentionConfig, multiprocessors: int) -> int:
         return 1
     tiles = config.batch * (config.heads_kv if _is_lone_query(config) else config.heads_q)
     tiles *= -(-config.seqlen_q // _tile(config, tuning.FORWARD, True, False).block_m)
-    left, right = bounded_band(config)
-    keys = config.seqlen_k if left is None or right is None else min(config.seqlen_k, left + right + config.seqlen_q)
     rows = config.batch * config.seqlen_q * config.heads_q
-    return tuning.key_splits(tiles, keys, rows, _PROGRAMS * multiprocessors)
+    return tuning.key_splits(tiles, keys_seen(config, config.seqlen_q), rows, _PROGRAMS * multiprocessors)
 
 
 _PROGRAMS = 2
@@ -260,8 +260,7 @@ def _forward_tensors(
     inputs: AttentionInputs, out: Tensor, lse: Tensor, parts: Parts | None
 ) -> tuple[Tensor | None, ...]:
     """In the order of `_FORWARD_TENSORS`."""
-    sinks = None if inputs.sinks is None else inputs.sinks.contiguous()
-    return *(parts or (out, lse)), out, lse, sinks, inputs.block_table
+    return *(parts or (out, lse)), out, lse, contiguous(inputs.sinks), inputs.block_table
 
 
 def new_gradients(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Tensor]:
@@ -449,14 +448,14 @@ def _suits_tma(config: AttentionConfig, tensors: Sequence[Tensor]) -> bool:
 def _tile(
     config: AttentionConfig, table: tuning.TileTable, aligned: bool, by_tma: bool, steady: bool = False
 ) -> tuning.Tile:
-    left, right = bounded_band(config)
+    _, right = bounded_band(config)
     return tuning.select_tile(
         table,
         tuning.table_architecture(config.arch) or _INTERPRETER_ARCH,
         config.dtype.itemsize,
         max(config.head_dim, config.head_dim_v),
         right is not None,
-        config.seqlen_k if left is None or right is None else min(config.seqlen_k, left + right + 1),
+        keys_seen(config, 1),
         triton_version(),
         aligned,
         by_tma,
@@ -560,6 +559,14 @@ def bounded_band(config: AttentionConfig) -> tuple[int | None, int | None]:
     left, right = config.band
     reach = config.seqlen_q + config.seqlen_k
     return (None if left is None or left >= reach else left), (None if right is None or right >= reach else right)
+
+
+def keys_seen(config: AttentionConfig, queries: int) -> int:
+    """Keys that so many queries side by side see together, at most."""
+    left, right = bounded_band(config)
+    if left is None or right is None:
+        return config.seqlen_k
+    return min(config.seqlen_k, left + right + queries)
 
 
 def _strides4(tensor: Tensor) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from regard.backends.launch import (
     Launch,
     PlainCalls,
     appearance,
+    contiguous,
     launch_or_repeat,
     new_results,
     on_device,
@@ -102,7 +103,7 @@ class HopperBackend:
             counter, count = tile_counter(device), multiprocessors(device)
             parts = new_parts(config, inputs.q, count)
             tensors = (
-                *inputs[:3], out, *(parts or (out, lse)), counter, out, lse, _contiguous(inputs.sinks),
+                *inputs[:3], out, *(parts or (out, lse)), counter, out, lse, contiguous(inputs.sinks),
                 *_shared_tensors(config, inputs),
             )  # fmt: skip
 
@@ -229,7 +230,7 @@ def forward_launch(
         out_ptr=out,
         lse_ptr=lse,
         counter_ptr=counter,
-        sinks_ptr=_contiguous(inputs.sinks),
+        sinks_ptr=contiguous(inputs.sinks),
         heads=heads,
         group=heads // config.heads_kv,
         section=_heads_in_turn(config, key_bytes, _CAUSAL_SECTION_HEADS) * (heads // config.heads_kv),
@@ -444,10 +445,6 @@ def _shared_tensors(config: AttentionConfig, inputs: AttentionInputs) -> tuple[T
     if slopes is not None:
         slopes = slopes.float().expand(config.batch, config.heads_q).contiguous()
     return inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.kv_lens, slopes
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _wanted(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from regard.backends.flash import bounded_band
+from regard.backends.flash import bounded_band, keys_seen
 from regard.config import AttentionConfig
 from regard.kernels import hopper_tuning, tuning
 
@@ -18,7 +18,7 @@ def forward_tile(config: AttentionConfig) -> tuple[hopper_tuning.HopperTile, int
         config.head_dim,
         config.head_dim_v,
         rows=config.seqlen_q * pack,
-        span=_keys_seen(config, 1),
+        span=keys_seen(config, 1),
         causal=right is not None,
         windowed=left is not None and right is not None,
         one_cut=one_cut(config, pack),
@@ -35,7 +35,7 @@ def splits_of(config: AttentionConfig, multiprocessors: int) -> int:
     tile, pack = forward_tile(config)
     return tuning.key_splits(
         query_tiles(config, tile, pack),
-        _keys_seen(config, min(config.seqlen_q, tile.block_m // pack)),
+        keys_seen(config, min(config.seqlen_q, tile.block_m // pack)),
         config.batch * config.seqlen_q * config.heads_q,
         multiprocessors,
     )
@@ -47,14 +47,6 @@ def query_tiles(config: AttentionConfig, tile: hopper_tuning.HopperTile, pack: i
     if config.varlen:
         return config.heads_q // pack * (-(-(config.total_q or 0) // positions) + config.batch)
     return config.batch * (config.heads_q // pack) * -(-config.seqlen_q // positions)
-
-
-def _keys_seen(config: AttentionConfig, queries: int) -> int:
-    """Keys that so many queries side by side see together, at most."""
-    left, right = bounded_band(config)
-    if left is None or right is None:
-        return config.seqlen_k
-    return min(config.seqlen_k, left + right + queries)
 
 
 def one_cut(config: AttentionConfig, pack: int) -> bool:

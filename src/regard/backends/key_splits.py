@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from regard.backends.launch import Launch, allocate
+from regard.backends.launch import Launch, allocate, contiguous
 from regard.config import AttentionConfig, AttentionInputs
 from regard.kernels import tuning
 
@@ -57,7 +57,7 @@ def merge_launch(config: AttentionConfig, inputs: AttentionInputs, parts: Parts,
         lse_ptr=part_lse,
         merged_ptr=out,
         merged_lse_ptr=lse,
-        sinks_ptr=None if inputs.sinks is None else inputs.sinks.contiguous(),
+        sinks_ptr=contiguous(inputs.sinks),
         splits=len(part_out),
         rows=rows,
         heads=config.heads_q,

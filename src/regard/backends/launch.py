@@ -62,6 +62,11 @@ def allocate(out: Tensor, lse: Tensor, form: torch.memory_format = torch.contigu
     return torch.empty_like(out, memory_format=form), torch.empty_like(lse, memory_format=form)
 
 
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """Its elements side by side, where it is there."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def is_aligned(tensor: Tensor) -> bool:
     """Whether an address is a multiple of 16, or will be: without storage it is taken for one."""
     return tensor.is_meta or tensor.data_ptr() % 16 == 0

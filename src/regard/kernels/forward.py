@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from regard.kernels.scores import (
+    GROWTH,
     LN_2,
     LOG2_E,
     band_visible,
@@ -28,8 +29,6 @@ from regard.kernels.scores import (
     store_rows,
     tile_offsets,
 )
-
-GROWTH = tl.constexpr(2.0**48)  # of sums whose maxima stay: 2**80 is left for what the values come to
 
 
 @triton.jit

@@ -49,8 +49,7 @@ from regard.kernels.hopper_pipeline import (
     view_as,
     write_record,
 )
-from regard.kernels.hopper_softmax import LOG2_E
-from regard.kernels.scores import sequence_bounds
+from regard.kernels.scores import LOG2_E, sequence_bounds
 
 KEYS = gl.constexpr(64)  # of a warpgroup
 BLOCK_N = gl.constexpr(128)  # of a tile: two warpgroups

@@ -3,11 +3,10 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
+from regard.kernels.scores import LN_2, LOG2_E
+
 LOWEST = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key yet: finite, so that inf - inf never occurs
 SLACK = gl.constexpr(8.0)  # weights may come to 2**SLACK before the sums are rescaled
-GROWTH = gl.constexpr(2.0**48)  # and sums to this where the maxima stay; 2**80 is left for what the values come to
 
 
 @gluon.jit

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from regard.kernels import hopper_tuning
 from regard.kernels.hopper_pipeline import read_field, seek_sequences, sequence_bounds, sequence_of
-from regard.kernels.hopper_softmax import GROWTH
+from regard.kernels.scores import GROWTH
 
 ROWS = gl.constexpr(hopper_tuning.ROWS)
 RECORD = gl.constexpr(16)  # integers in a tile's record, a power of two, see `read_record`

@@ -38,8 +38,8 @@ from regard.kernels.hopper_pipeline import (
     store_rows,
     transposed,
 )
-from regard.kernels.hopper_softmax import LOG2_E
 from regard.kernels.hopper_tiles import ROWS, key_blocks
+from regard.kernels.scores import LOG2_E
 
 
 @record

@@ -14,6 +14,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+GROWTH = tl.constexpr(2.0**48)  # of sums whose maxima stay: 2**80 is left for what the values come to
 
 
 @triton.jit
