@@ -12,33 +12,44 @@ from regard.kernels import tuning
 from regard.testing import Case, check_forward
 
 HEADS = dict(seqlen_q=1, heads_q=6, heads_kv=2, head_dim=64)
-ALONE = [
+FEW = {**HEADS, "seqlen_q": 5}
+TOGETHER = [
     Case("plain", **HEADS, seqlen_k=200),
     Case("causal", **HEADS, seqlen_k=200, causal=True),
     Case("one_head_for_all", seqlen_q=1, heads_q=4, heads_kv=1, seqlen_k=70),
-    Case("every_head_its_own", seqlen_q=1, heads_q=4, heads_kv=4, seqlen_k=70),
     Case("one_key", **HEADS, seqlen_k=1),
     Case("lengths", **HEADS, seqlen_k=200, kv_lens=(130, 0), causal=True),
     Case("pages", **HEADS, seqlen_k=208, kv_lens=(130, 17), page_size=16),
     Case("softcap", **HEADS, seqlen_k=200, softcap=5.0),
+    Case("window", **HEADS, seqlen_k=100, window=(40, 0)),
+    Case("sinks", **HEADS, seqlen_k=100, sinks=True),
     Case("values_of_other_width", seqlen_q=1, heads_q=4, heads_kv=2, head_dim=72, head_dim_v=40, seqlen_k=70),
     Case("every_other_element", **HEADS, seqlen_k=100, strides="head_dim_every_other"),
     Case("heads_first", **HEADS, seqlen_k=100, layout="bhsd"),
     Case("wide_window", **HEADS, seqlen_k=100, window=(1000, 0)),
+    Case("packed", heads_q=6, heads_kv=2, head_dim=64, lens_q=(1, 0, 1), lens_k=(67, 9, 5)),
+    Case("few", **FEW, seqlen_k=100),
+    Case("few_causal", **FEW, seqlen_k=100, causal=True),
+    Case("few_and_fewer_keys", **FEW, seqlen_k=3, causal=True, sinks=True),
+    Case("few_in_a_window", **FEW, seqlen_k=200, window=(30, 2), sinks=True, softcap=5.0, layout="bhsd"),
+    Case("few_of_lengths", **FEW, seqlen_k=100, kv_lens=(70, 3), causal=True),
+    Case("few_pages", **FEW, seqlen_k=208, kv_lens=(130, 17), page_size=16, causal=True, window=(99, 0)),
+    Case("few_packed", heads_q=6, heads_kv=2, head_dim=64, lens_q=(5, 0, 1, 3), lens_k=(67, 9, 5, 1), causal=True),
+    Case("several_tiles", seqlen_q=32, heads_q=16, heads_kv=2, head_dim=64, seqlen_k=70, causal=True, sinks=True),
+    Case("several_tiles_of_lengths", seqlen_q=19, heads_q=32, heads_kv=2, seqlen_k=70, kv_lens=(60, 12), causal=True),
+    Case("several_packed_tiles", heads_q=16, heads_kv=1, lens_q=(30, 3), lens_k=(35, 70), causal=True),
 ]
 APART = [
-    Case("window", **HEADS, seqlen_k=100, window=(40, 0)),
-    Case("sinks", **HEADS, seqlen_k=100, sinks=True),
+    Case("every_head_its_own", seqlen_q=1, heads_q=4, heads_kv=4, seqlen_k=70),
     Case("alibi", **HEADS, seqlen_k=100, alibi="h"),
     Case("mask", **HEADS, seqlen_k=100, mask="bhqk"),
     Case("bias", **HEADS, seqlen_k=100, bias="1hqk"),
     Case("dropout", **HEADS, seqlen_k=100, dropout_p=0.3),
-    Case("two_queries", heads_q=6, heads_kv=2, head_dim=64, seqlen_q=2, seqlen_k=100, causal=True),
-    Case("packed", heads_q=6, heads_kv=2, head_dim=64, lens_q=(1, 1), lens_k=(67, 5)),
+    Case("many", heads_q=4, heads_kv=2, seqlen_q=33, seqlen_k=100, causal=True),
+    Case("tiles_that_would_begin_amid_a_query", heads_q=7, heads_kv=1, seqlen_q=32, seqlen_k=70, causal=True),
 ]
 PARTED = [
-    *ALONE,
-    *(case for case in APART if case.lens_q is None),
+    *(case for case in (*TOGETHER, *APART) if case.lens_q is None),
     Case("chunk", seqlen_q=70, seqlen_k=300, causal=True, heads_q=2, heads_kv=1, head_dim=64),
     Case("chunk_of_lengths", seqlen_q=70, seqlen_k=300, causal=True, kv_lens=(300, 80), head_dim=64),
     Case("more_queries_than_keys", seqlen_q=150, seqlen_k=140, causal=True, head_dim=64),
@@ -72,12 +83,15 @@ def programs(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("case", [*ALONE, *APART], ids=lambda case: case.name)
-def test_heads_of_a_group_share_a_tile_where_they_see_the_same(case, programs):
-    check_forward("flash", case, dtype=torch.float32)
-    sequences = len(case.lens_q) if case.lens_q else case.batch
-    heads = case.heads_kv if case in ALONE else case.heads_q
-    assert all(launched == [sequences * heads] for launched in programs) and programs
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("case", [*TOGETHER, *APART], ids=lambda case: case.name)
+def test_heads_of_a_group_share_a_tile_where_queries_are_few(case, arch, programs, monkeypatch):
+    monkeypatch.setattr(flash, "_INTERPRETER_ARCH", arch)
+    check_forward("flash", case, dtype=torch.float32 if arch == "sm80" else torch.bfloat16)
+    sequences, queries = (len(case.lens_q), max(case.lens_q)) if case.lens_q else (case.batch, case.seqlen_q)
+    shared = case.heads_q // case.heads_kv if case in TOGETHER else 1
+    tiles = [sequences * case.heads_q // shared * -(-queries * shared // rows) for rows in (16, 32, 64, 128)]
+    assert programs and all(launched in [[count] for count in tiles] for launched in programs)
 
 
 @pytest.mark.parametrize(("arch", "splits"), [("sm80", 3), ("sm90", 17)])
@@ -98,16 +112,19 @@ def config(**options):
 @pytest.mark.parametrize(
     "options, splits",
     [
-        ({}, 33),  # 8 tiles, and 264 programs fill the device
-        (dict(causal=True), 33),
-        (dict(batch=4), 8),
+        ({}, 16),  # 8 tiles, and a program for each of 132 multiprocessors
+        (dict(head_dim=64), 33),  # two
+        (dict(causal=True), 16),
+        (dict(batch=4), 4),
         (dict(batch=64), 1),
         (dict(seqlen_k=1023), 1),
-        (dict(sinks=True), 8),  # 32 tiles
+        (dict(sinks=True), 16),
+        (dict(alibi=True), 4),  # 32 tiles
         (dict(window=(511, 0)), 1),
-        (dict(seqlen_q=4, causal=True), 8),
+        (dict(seqlen_q=4, causal=True), 16),
+        (dict(seqlen_q=8, causal=True), 33),  # 32 rows
         (dict(varlen=True, total_q=1, total_k=16384), 1),
-        (dict(page_size=16, kv_lens=True), 33),
+        (dict(page_size=16, kv_lens=True), 66),
         (dict(seqlen_q=4096, causal=True), 1),
     ],
 )

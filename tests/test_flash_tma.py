@@ -105,7 +105,8 @@ def test_a_descriptor_ends_where_a_head_does(described):
 
 def test_the_table_says_what_is_brought_by_tma():
     def by_tma(table, head_dim, causal, steady=False):
-        return tuning.select_tile(table, "sm90", 2, head_dim, causal, 4096, (3, 6), True, True, steady).by_tma
+        call = tuning.Call(causal, 4096, (3, 6), by_tma=True, steady=steady)
+        return tuning.select_tile(table, "sm90", 2, head_dim, call).by_tma
 
     for causal in (False, True):
         assert [by_tma(tuning.FORWARD, dim, causal) for dim in (64, 65, 128, 129)] == [False, True, True, False]

@@ -175,13 +175,17 @@ _ODD = 509
 """A length that is no multiple of 16, so that Triton cannot assume one."""
 _SQUARE = (_BATCH, _HEADS, _ODD, _ODD)
 
+_PAGED: dict[str, Any] = dict(kv_lens=True, page_size=16)
+_FEW: dict[str, Any] = dict(heads_kv=2, seqlen_k=8192, causal=True)
+"""Of few rows: heads that share a tile, and keys in parts."""
+
 FEATURES: dict[str, dict[str, Any]] = {
     "window-alibi-softcap-sinks": dict(window=(128, 64), alibi=True, softcap=30.0, sinks=True),
     "bias": dict(bias_shape=_SQUARE, bias_dtype=torch.bfloat16, seqlen_q=_ODD, seqlen_k=_ODD),
     "dropout": dict(dropout_p=0.1, causal=True),
     "varlen-gqa": dict(varlen=True, total_q=_ODD, total_k=_ODD, heads_kv=2, causal=True),
-    "paged-gqa": dict(kv_lens=True, page_size=16, heads_kv=2, causal=True),
-    "paged-decode": dict(kv_lens=True, page_size=16, heads_kv=2, seqlen_q=1, seqlen_k=8192),
+    "paged-gqa": dict(**_PAGED, heads_kv=2, causal=True),
+    "paged-decode": dict(**_PAGED, heads_kv=2, seqlen_q=1, seqlen_k=8192),
 }
 EVERYTHING: dict[str, Any] = dict(
     mask_shape=_SQUARE, bias_shape=_SQUARE, bias_dtype=torch.bfloat16, seqlen_q=_ODD, seqlen_k=_ODD, window=(128, 64),
@@ -294,10 +298,15 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             name = f"d{head_dim} {'causal' if causal else 'plain'}" + (f" k{length}" if length != _SEQLEN else "")
             name += "" if by_tma else " lengths"  # of which TMA knows nothing
             options = dict(seqlen_q=length, seqlen_k=length, causal=causal, kv_lens=not by_tma)
-            options |= dict(batch=max(1, tuning.STEADY_FROM // (_HEADS * length**2))) if steady else {}
+            options |= dict(batch=-(-tuning.STEADY_FROM // (_HEADS * length**2))) if steady else {}
             large = kernel == "forward" and _BATCH * _HEADS * length**2 >= tuning.STEADY_FROM
             dtype = torch.float16 if large and not steady else torch.bfloat16  # whose maxima follow
             add(name + (" steady" if steady else ""), dtype, head_dim=head_dim, **options)
+        for rule in rules:
+            if rule.max_rows < tuning.MANY_ROWS:
+                group = _HEADS // _FEW["heads_kv"]
+                few = dict(head_dim=head_dim, seqlen_q=rule.max_rows // group, **_FEW, **(_PAGED if rule.paged else {}))
+                add(f"d{head_dim} rows{rule.max_rows}" + (" paged" if rule.paged else ""), torch.bfloat16, **few)
         if kernel == "forward" and any(rule.aligned is False for rule in rules):
             add(f"d{head_dim - 8}-mqa unaligned", torch.bfloat16, head_dim=head_dim - 8, heads_kv=1)
             if any(rule.tile.by_tma for rule in rules):
@@ -327,8 +336,8 @@ def _calls_by_tile(rules: tuple[tuning.Rule, ...]) -> dict[tuning.Tile, tuple[bo
     found: dict[tuning.Tile, tuple[bool, int, bool, bool]] = {}
     lengths = sorted({_SEQLEN, *(rule.min_seqlen_k for rule in rules if rule.min_seqlen_k)})
     for steady, by_tma, length, causal in itertools.product((False, True), (True, False), lengths, (True, False)):
-        call = causal, length, flash.triton_version(), True, by_tma, steady
-        tile = next(rule.tile for rule in rules if rule.applies(*call))
+        call = tuning.Call(causal, length, flash.triton_version(), by_tma=by_tma, steady=steady)
+        tile = next(rule.tile for rule in rules if rule.applies(call))
         found.setdefault(tile, (causal, length, by_tma, tile.steady))
     return found
 

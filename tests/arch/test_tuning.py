@@ -12,6 +12,15 @@ TABLES = {"forward": tuning.FORWARD, "keys": tuning.BACKWARD_KEYS, "queries": tu
 RULES = [(name, entry, rule) for name, table in TABLES.items() for entry, rules in table.items() for rule in rules]
 
 
+def calls(
+    seqlens_k, triton_versions=tuple(TRITON_VERSIONS), by_tma=(False, True), steady=(False, True), rows=(1, 17, 512)
+):
+    """Every kind of call with these."""
+    flags = (False, True)
+    kinds = itertools.product(flags, seqlens_k, triton_versions, flags, by_tma, steady, rows, flags)
+    return itertools.starmap(tuning.Call, kinds)
+
+
 def power_of_two(value):
     return value & (value - 1) == 0
 
@@ -19,9 +28,8 @@ def power_of_two(value):
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_every_call_has_a_tile(table, entry):
-    flags = (False, True)
-    for call in itertools.product(flags, (0, 1, 512, 2**20), [*TRITON_VERSIONS, (4, 0)], flags, flags, flags):
-        assert isinstance(tuning.select_tile(TABLES[table], *entry, *call), tuning.Tile)
+    for call in calls((0, 1, 512, 2**20), (*TRITON_VERSIONS, (4, 0))):
+        assert isinstance(tuning.select_tile(TABLES[table], *entry, call), tuning.Tile)
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -32,9 +40,8 @@ def test_the_table_has_no_entry_that_nothing_asks_for(table):
 @pytest.mark.parametrize(("table", "entry", "rule"), RULES, ids=str)
 def test_every_rule_is_the_first_that_applies_somewhere(table, entry, rule):
     rules = TABLES[table][entry]
-    flags = (False, True)
-    calls = itertools.product(flags, {512, rule.min_seqlen_k}, TRITON_VERSIONS, flags, flags, flags)
-    assert any(next((r for r in rules if r.applies(*call)), None) is rule for call in calls)
+    found = (next((r for r in rules if r.applies(call)), None) for call in calls({512, rule.min_seqlen_k}))
+    assert any(first is rule for first in found)
 
 
 @pytest.mark.parametrize(("table", "entry", "rule"), RULES, ids=str)
@@ -46,21 +53,21 @@ def test_tiles_are_what_a_kernel_can_be_launched_with(table, entry, rule):
     assert 1 <= tile.num_warps <= 16
     assert 0 <= tile.num_stages <= 5
     assert tile.block_n % tile.row_sums == 0
+    assert tile.programs >= 1
 
 
 @pytest.mark.parametrize(("table", "entry", "rule"), RULES, ids=str)
 def test_a_tile_is_by_tma_only_where_the_call_and_the_gpu_can(table, entry, rule):
     arch, _, _ = entry
     assert not rule.tile.by_tma or arch in ("sm90", "sm100", "sm120")
-    calls = itertools.product((False, True), (512,), TRITON_VERSIONS, (False, True))
-    assert not any(tuning.select_tile(TABLES[table], *entry, *call).by_tma for call in calls)
+    assert not any(tuning.select_tile(TABLES[table], *entry, c).by_tma for c in calls((512,), by_tma=(False,)))
 
 
 @pytest.mark.parametrize(("table", "entry", "rule"), RULES, ids=str)
 def test_maxima_stay_only_where_the_call_allows_it(table, entry, rule):
     assert not rule.tile.steady or (table == "forward" and not rule.tile.one_loop)
-    calls = itertools.product((False, True), (512, 2**20), TRITON_VERSIONS, (False, True), (False, True))
-    assert not any(tuning.select_tile(TABLES[table], *entry, *call).steady for call in calls)
+    found = calls((512, 2**20), steady=(False,))
+    assert not any(tuning.select_tile(TABLES[table], *entry, call).steady for call in found)
 
 
 @pytest.mark.parametrize(

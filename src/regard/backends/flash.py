@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,11 +176,12 @@ def forward_launches(
         part_out, part_lse = parts
         splits, merges = len(part_out), [merge_launch(config, inputs, parts, out, lse)]
         out, lse, inputs = part_out.flatten(0, 1), part_lse.flatten(1, 2).transpose(0, 1), inputs._replace(sinks=None)
-    if _is_lone_query(config):
-        config, inputs, out, lse = _heads_as_queries(config, inputs, out, lse)
-    aligned = _aligned(inputs.k) and _aligned(inputs.v)
-    by_tma = by_tma and _suits_tma(config, inputs[:3])
-    tile = _tile(config, tuning.FORWARD, aligned, by_tma, steady and splits is None and _keeps_maxima(config))
+    tile, pack = _forward_tile(
+        config,
+        aligned=_aligned(inputs.k) and _aligned(inputs.v),
+        by_tma=by_tma and _suits_tma(config, inputs[:3]),
+        steady=steady and splits is None and _keeps_maxima(config),
+    )
     arguments = dict(
         **_score_arguments(config, inputs),
         **_tile_arguments(config, tile, splits is not None or config.seqlen_k % tile.block_n != 0),
@@ -195,9 +195,10 @@ def forward_launches(
         page_size=config.page_size or 1,
         splits=splits,
         batch=None if splits is None else config.batch,
-        WIDE=_wide(inputs, out),
+        PACK=pack,
+        WIDE=_wide(inputs, out, pack=pack),
     )
-    programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q * (splits or 1)
+    programs = _query_tiles(config, tile, pack) * (splits or 1)
     made = [
         _launch(attention_forward, programs, {**arguments, "STEADY": tile.steady and not again, "AGAIN": again}, tile)
         for again in ((False, True) if tile.steady else (False,))
@@ -209,35 +210,32 @@ def splits_of(config: AttentionConfig, multiprocessors: int) -> int:
     """Parts in which a query tile's keys are taken; 1 where whole, as those of packed sequences are."""
     if config.varlen:
         return 1
-    tiles = config.batch * (config.heads_kv if _is_lone_query(config) else config.heads_q)
-    tiles *= -(-config.seqlen_q // _tile(config, tuning.FORWARD, True, False).block_m)
+    tile, pack = _forward_tile(config)
     rows = config.batch * config.seqlen_q * config.heads_q
-    return tuning.key_splits(tiles, keys_seen(config, config.seqlen_q), rows, _PROGRAMS * multiprocessors)
+    keys = keys_seen(config, config.seqlen_q)
+    return tuning.key_splits(_query_tiles(config, tile, pack), keys, rows, tile.programs * multiprocessors)
 
 
-_PROGRAMS = 2
-"""That a multiprocessor should have to do: of small ones it holds at least two."""
+def _query_tiles(config: AttentionConfig, tile: tuning.Tile, pack: int) -> int:
+    """Of all heads; some of packed sequences may be empty."""
+    return -(-config.seqlen_q * pack // tile.block_m) * config.batch * (config.heads_q // pack)
 
 
-def _is_lone_query(config: AttentionConfig) -> bool:
-    """Whether all heads of a group ask for the same keys of their head in the same way, as those that decode do."""
-    left, _ = bounded_band(config)  # the last query sees everything to its right
-    apart = config.mask_shape or config.bias_shape or config.alibi or config.sinks or config.dropout_p > 0
-    return config.seqlen_q == 1 and not config.varlen and left is None and not apart
-
-
-def _heads_as_queries(
-    config: AttentionConfig, inputs: AttentionInputs, out: Tensor, lse: Tensor
-) -> tuple[AttentionConfig, AttentionInputs, Tensor, Tensor]:
-    """The same call with a group's heads as the queries of one head: they share a tile, and read its keys once."""
+def _forward_tile(
+    config: AttentionConfig, aligned: bool = True, by_tma: bool = False, steady: bool = False
+) -> tuple[tuning.Tile, int]:
+    """The forward's tile, and how many heads share it: where queries are few, a group's, whose keys are the same."""
     group = config.heads_q // config.heads_kv
-    heads = (config.heads_kv, group)
-    q, by_group = (torch.unflatten(t[:, 0], 1, heads).transpose(1, 2) for t in (inputs.q, out))
-    alike = replace(
-        config, seqlen_q=group, heads_q=config.heads_kv, causal=False, window=None, q_strides=None, k_strides=None,
-        v_strides=None,
-    )  # fmt: skip
-    return alike, inputs._replace(q=q), by_group, torch.unflatten(lse[:, :, 0], 1, heads)
+    apart = config.mask_shape or config.bias_shape or config.alibi or config.dropout_p > 0
+    if group > 1 and config.seqlen_q <= _FEW_QUERIES and not apart:
+        tile = _tile(config, tuning.FORWARD, aligned=aligned, rows=config.seqlen_q * group)
+        if config.seqlen_q * group <= tile.block_m or tile.block_m % group == 0:  # a tile begins with whole queries
+            return tile, group
+    return _tile(config, tuning.FORWARD, aligned=aligned, by_tma=by_tma, steady=steady, rows=config.seqlen_q), 1
+
+
+_FEW_QUERIES = 32
+"""Up to which they leave half of a tile of their own empty."""
 
 
 def _keeps_maxima(config: AttentionConfig) -> bool:
@@ -349,12 +347,12 @@ def backward_launches(
     # Around a bias ptxas serialises the wgmma of these tiles, and around dropout it spills more.
     alone = config.mask_shape is None and config.bias_shape is None and config.dropout_p == 0
     by_tma = by_tma and alone and _suits_tma(config, (*inputs[:3], grad_out))
-    kinds = _all_aligned(inputs, grad_out), by_tma
-    tile = _tile(config, tuning.BACKWARD_KEYS, *kinds)
+    kinds = dict(aligned=_all_aligned(inputs, grad_out), by_tma=by_tma)
+    tile = _tile(config, tuning.BACKWARD_KEYS, **kinds)
     cut = config.seqlen_k % tile.block_n != 0 or config.seqlen_q % tile.block_m != 0
     programs = -(-config.seqlen_k // tile.block_n) * config.batch * config.heads_kv
     keys = _launch(backward_keys, programs, arguments(tile, cut), tile)
-    tile = _tile(config, tuning.BACKWARD_QUERIES, *kinds)
+    tile = _tile(config, tuning.BACKWARD_QUERIES, **kinds)
     programs = -(-config.seqlen_q // tile.block_m) * config.batch * config.heads_q
     cut = config.seqlen_k % tile.block_n != 0
     return [keys, _launch(backward_queries, programs, arguments(tile, cut), tile)]
@@ -377,7 +375,7 @@ def bias_launch(
     from regard.kernels.backward_bias import backward_bias
 
     batch, heads, rows, seqlen_k = dbias.shape
-    tile = _tile(config, tuning.BACKWARD_QUERIES, _all_aligned(inputs, grad_out), False)._replace(num_stages=1)
+    tile = _tile(config, tuning.BACKWARD_QUERIES, aligned=_all_aligned(inputs, grad_out))._replace(num_stages=1)
     arguments = dict(
         **_score_arguments(config, inputs),
         **_tile_arguments(config, tile, True),
@@ -445,22 +443,14 @@ def _suits_tma(config: AttentionConfig, tensors: Sequence[Tensor]) -> bool:
     return ends_with_tensor and all(map(tma.is_readable, tensors))
 
 
-def _tile(
-    config: AttentionConfig, table: tuning.TileTable, aligned: bool, by_tma: bool, steady: bool = False
-) -> tuning.Tile:
+def _tile(config: AttentionConfig, table: tuning.TileTable, **options: Any) -> tuning.Tile:
+    """``options``: of `tuning.Call`."""
     _, right = bounded_band(config)
-    return tuning.select_tile(
-        table,
-        tuning.table_architecture(config.arch) or _INTERPRETER_ARCH,
-        config.dtype.itemsize,
-        max(config.head_dim, config.head_dim_v),
-        right is not None,
-        keys_seen(config, 1),
-        triton_version(),
-        aligned,
-        by_tma,
-        steady,
-    )
+    arch = tuning.table_architecture(config.arch) or _INTERPRETER_ARCH
+    head_dim = max(config.head_dim, config.head_dim_v)
+    paged = config.page_size is not None
+    call = tuning.Call(right is not None, keys_seen(config, 1), triton_version(), paged=paged, **options)
+    return tuning.select_tile(table, arch, config.dtype.itemsize, head_dim, call)
 
 
 def _score_arguments(config: AttentionConfig, inputs: AttentionInputs) -> dict[str, Any]:
@@ -558,7 +548,9 @@ def bounded_band(config: AttentionConfig) -> tuple[int | None, int | None]:
     """The band with sides that bound nothing dropped: they would cost masked blocks, or take 32-bit numbers too far."""
     left, right = config.band
     reach = config.seqlen_q + config.seqlen_k
-    return (None if left is None or left >= reach else left), (None if right is None or right >= reach else right)
+    left = None if left is None or left >= reach else left
+    is_last_alone = config.seqlen_q == 1 and left is None  # which sees all keys up to the last
+    return left, None if right is None or right >= reach or is_last_alone else right
 
 
 def keys_seen(config: AttentionConfig, queries: int) -> int:
@@ -588,9 +580,13 @@ def _all_aligned(inputs: AttentionInputs, grad_out: Tensor) -> bool:
     return all(_aligned(tensor) for tensor in (inputs.q, inputs.k, inputs.v, grad_out))
 
 
-def _wide(inputs: AttentionInputs, *others: Tensor) -> bool:
-    """Whether a tile's own extent, of rows by head dim or of queries by keys, can pass 2**31 elements."""
+def _wide(inputs: AttentionInputs, *others: Tensor, pack: int = 1) -> bool:
+    """Whether a tile's own extent, of rows by head dim or of queries by keys, can pass 2**31 elements. ``pack``: heads
+    that share one.
+    """
     steps = [tensor.stride(-3) + tensor.stride(-1) for tensor in (inputs.q, inputs.k, inputs.v, *others)]
+    if pack > 1:
+        steps += [sum(tensor.stride()[-3:]) for tensor in (inputs.q, *others)]
     steps += [sum(broadcast_strides(tensor)[2:]) for tensor in (inputs.mask, inputs.bias)]
     return max(steps) * _LARGEST_TILE >= 2**31
 

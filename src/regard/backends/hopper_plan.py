@@ -67,6 +67,9 @@ def too_small(config: AttentionConfig) -> tuple[str, str] | None:
     sizes = (config.batch, config.seqlen_q, config.seqlen_k, config.total_q or 0, config.total_k or 0)
     if not all(isinstance(size, int) for size in sizes):
         return None
+    rows = config.seqlen_q * (config.heads_q // config.heads_kv)
+    if rows <= tuning.FEW_ROWS and not config.alibi and not config.requires_grad:
+        return f"{rows} rows of queries for a key/value head", f"more than {tuning.FEW_ROWS}"
     tile, pack = forward_tile(config)
     if splits_of(config, hopper_tuning.MULTIPROCESSORS) > 1:
         return None

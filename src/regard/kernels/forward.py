@@ -34,7 +34,7 @@ from regard.kernels.scores import (
 @triton.jit
 def first_softmax(sinks_ptr, head, BLOCK_M: tl.constexpr, ROW_SUMS: tl.constexpr):
     """State of the online softmax before any key: row maximum (log2 units) and row sum, (BLOCK_M,) or in parts
-    (BLOCK_M, ROW_SUMS).
+    (BLOCK_M, ROW_SUMS). ``head``: of all rows, or of each.
 
     A sink is a key without a value: it starts the softmax off (Xiao et al. 2023, "attention sinks").
     """
@@ -93,7 +93,7 @@ def last_softmax(acc, row_max, row_sum, STEADY: tl.constexpr):
         row_sum = tl.sum(row_sum, 1)
     nothing_visible = row_sum == 0
     row_sum = tl.where(nothing_visible, 1.0, row_sum)
-    out = acc / row_sum[:, None]
+    out = acc * (1 / row_sum)[:, None]
     lse = tl.where(nothing_visible, float("-inf"), row_max * LN_2 + tl.log2(row_sum) * LN_2)
     if STEADY:
         lse = tl.where(row_sum > GROWTH, float("inf"), lse)
@@ -108,6 +108,15 @@ def own_keys(split, splits, length_k, BLOCK_N: tl.constexpr):
     keys = tl.cdiv(tl.cdiv(length_k, BLOCK_N), splits) * BLOCK_N
     first = split * keys
     return first, tl.where(first < length_k, tl.minimum(first + keys, length_k), 0)
+
+
+@triton.jit
+def lse_places(lse_ptr, strides, entry, head, start_q, query, row, PACK: tl.constexpr):
+    """Where a tile's rows have their entries in lse."""
+    places = lse_ptr + row_offset(strides, entry, head, start_q) + query * strides[2]
+    if PACK > 1:
+        places += (row % PACK).to(tl.int64) * strides[1]
+    return places
 
 
 @triton.jit
@@ -170,7 +179,7 @@ def attend_keys(
     page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, DIMS: tl.constexpr, STEADY: tl.constexpr,
+    PRECISION: tl.constexpr, DIMS: tl.constexpr, PACK: tl.constexpr, STEADY: tl.constexpr,
 ):  # fmt: skip
     """Stream the key blocks of [start, stop) past the query tile.
 
@@ -195,7 +204,7 @@ def attend_keys(
             part = q
             if BLOCK_D > DIMS:
                 q_part = q_base + tile_offsets(0, first, 0, q_strides[3], WIDE)
-                part = load_rows(q_part, q_strides, query_exists, BLOCK_M, HEAD_DIM - first, DIMS, True, WIDE)
+                part = load_rows(q_part, q_strides, query_exists, BLOCK_M, HEAD_DIM - first, DIMS, True, WIDE, PACK)
             # K tile, transposed: (BLOCK_D or DIMS, BLOCK_N)
             k = load_keys(k_tile, k_strides, k_rows, key_exists, first, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, WIDE, DIMS)
             qk = tl.dot(part, k, qk, input_precision=PRECISION)
@@ -287,12 +296,14 @@ def attention_forward(
     WIDE: tl.constexpr,  # some stride is too large for 32-bit offsets inside a tile
     PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32x3" or "tf32"
     DIMS: tl.constexpr,  # head dims of Q K^T at once: Q with more is read part by part for every key tile
+    PACK: tl.constexpr,  # query heads of one key/value head that share a tile: so many rows of each query
     ROW_SUMS: tl.constexpr,  # parts that the sum of a row's weights is kept in, see `tuning.Tile`
     ONE_LOOP: tl.constexpr,  # the interior is masked as well, in one loop with the edges
     STEADY: tl.constexpr,  # the interior comes last and keeps the edges' maxima, see `steady_softmax`
     AGAIN: tl.constexpr,  # only tiles of which a steady launch says that a row's sum grew too far
 ):
-    first_query, head, entry = own_queries(seqlen_q, heads_q, window_right, BLOCK_M)
+    first_row, head, entry = own_queries(seqlen_q * PACK, heads_q // PACK, window_right, BLOCK_M)
+    first_query, head = first_row // PACK, head * PACK
     sequence = entry
     if splits is not None:
         sequence = entry % batch
@@ -302,10 +313,11 @@ def attention_forward(
         if first_query >= length_q:
             return
     shift = length_k - length_q
-    query = first_query + tl.arange(0, BLOCK_M)
+    row = tl.arange(0, BLOCK_M)
+    query = first_query + row // PACK
     query_exists = query < length_q
     if AGAIN:
-        found = lse_ptr + row_offset(lse_strides, entry, head, start_q) + query * lse_strides[2]
+        found = lse_places(lse_ptr, lse_strides, entry, head, start_q, query, row, PACK)
         grown = tl.load(found, mask=query_exists, other=0.0) == float("inf")
         if tl.max(grown.to(tl.int32), 0) == 0:
             return
@@ -338,11 +350,11 @@ def attention_forward(
 
     # Q tile (BLOCK_M, BLOCK_D)
     q_base = head_base(q_ptr, q_strides, sequence, start_q + first_query, head)
-    q = load_rows(q_base, q_strides, query_exists, BLOCK_M, HEAD_DIM, BLOCK_D, True, WIDE)
-    row_max, row_sum = first_softmax(sinks_ptr, head, BLOCK_M, ROW_SUMS)
+    q = load_rows(q_base, q_strides, query_exists, BLOCK_M, HEAD_DIM, BLOCK_D, True, WIDE, PACK)
+    row_max, row_sum = first_softmax(sinks_ptr, head if PACK == 1 else head + row % PACK, BLOCK_M, ROW_SUMS)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    last_query = tl.minimum(first_query + BLOCK_M, length_q) - 1
+    last_query = tl.minimum(first_query + (BLOCK_M + PACK - 1) // PACK, length_q) - 1
     end_k = length_k
     if splits is not None:
         first_k, end_k = own_keys(entry // batch, splits, length_k, BLOCK_N)
@@ -374,7 +386,7 @@ def attention_forward(
             q_strides, k_strides, v_strides, mask_strides, bias_strides,
             page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
             HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, (turn == 1) != STEADY, RAW, WIDE, PRECISION,
-            DIMS, STEADY and turn == 1,
+            DIMS, PACK, STEADY and turn == 1,
         )  # fmt: skip
 
     out, lse = last_softmax(acc, row_max, row_sum, STEADY)
@@ -382,6 +394,5 @@ def attention_forward(
         out = out * dropout_rescale
     # out tile (BLOCK_M, BLOCK_DV)
     out_base = head_base(out_ptr, out_strides, entry, start_q + first_query, head)
-    store_rows(out_base, out_strides, out, query_exists, BLOCK_M, HEAD_DIM_V, BLOCK_DV, WIDE)
-    lse_base = lse_ptr + row_offset(lse_strides, entry, head, start_q)
-    tl.store(lse_base + query * lse_strides[2], lse, mask=query_exists)
+    store_rows(out_base, out_strides, out, query_exists, BLOCK_M, HEAD_DIM_V, BLOCK_DV, WIDE, PACK)
+    tl.store(lse_places(lse_ptr, lse_strides, entry, head, start_q, query, row, PACK), lse, mask=query_exists)

@@ -33,7 +33,8 @@ def sequence_bounds(cu_seqlens_ptr, lengths_ptr, sequence, padded_length, total)
 
 @triton.jit
 def own_queries(seqlen_q, heads_q, window_right, BLOCK_M: tl.constexpr):
-    """First query, head and sequence of this program, where each has a block of queries of one head.
+    """First query, head and sequence of this program, where each has a block of queries of one head (or of rows of
+    heads that share a tile).
 
     Neighbouring programs share a head's keys and values; with a causal bound the longest rows go first.
     """
@@ -52,6 +53,15 @@ def tile_offsets(row, column, row_stride, column_stride, WIDE: tl.constexpr):
         row = tl.cast(row, tl.int64)
         column = tl.cast(column, tl.int64)
     return row * row_stride + column * column_stride
+
+
+@triton.jit
+def packed_offsets(row, column, strides, WIDE: tl.constexpr, PACK: tl.constexpr):
+    """Offsets of a tile of (B, S, H, D) that has PACK rows of each query, those of as many heads side by side."""
+    offsets = tile_offsets(row // PACK, column, strides[1], strides[3], WIDE)
+    if PACK > 1:
+        offsets += tile_offsets(row % PACK, 0, strides[2], 0, WIDE)
+    return offsets
 
 
 @triton.jit
@@ -111,12 +121,12 @@ def load_tile(pointers, row_exists, dim_exists, MASK_ROWS: tl.constexpr, FULL_DI
 @triton.jit
 def load_rows(
     base, strides, exists, ROWS: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, PACK: tl.constexpr = 1,
 ):  # fmt: skip
     """Load ROWS rows of EXTENT elements from ``base`` on as a (ROWS, BLOCK) tile; MASKED: some may not exist."""
     if isinstance(base, tl.tensor):
         dim = tl.arange(0, BLOCK)[None, :]
-        pointers = base + tile_offsets(tl.arange(0, ROWS)[:, None], dim, strides[1], strides[3], WIDE)
+        pointers = base + packed_offsets(tl.arange(0, ROWS)[:, None], dim, strides, WIDE, PACK)
         return load_tile(pointers, exists[:, None], dim < EXTENT, MASKED, EXTENT >= BLOCK)
     else:
         return base[0].load([base[1], base[2], base[3], 0]).reshape(ROWS, BLOCK)
@@ -145,11 +155,12 @@ def product_in_parts(
 
 @triton.jit
 def store_rows(
-    base, strides, tile, exists, ROWS: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):
+    base, strides, tile, exists, ROWS: tl.constexpr, EXTENT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    PACK: tl.constexpr = 1,
+):  # fmt: skip
     """Store the rows that exist of a (ROWS, BLOCK) tile."""
     dim = tl.arange(0, BLOCK)
-    pointers = base + tile_offsets(tl.arange(0, ROWS)[:, None], dim[None, :], strides[1], strides[3], WIDE)
+    pointers = base + packed_offsets(tl.arange(0, ROWS)[:, None], dim[None, :], strides, WIDE, PACK)
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=exists[:, None] & (dim < EXTENT)[None, :])
 
 

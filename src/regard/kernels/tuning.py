@@ -30,6 +30,8 @@ STEADY_FROM = 1 << 26
 """Pairs of query and key from which the forward's maxima may stay. Fewer take an H200 less than 30 us, and the host may
 not be done with a second launch by then."""
 
+MANY_ROWS = 1 << 31
+
 MOST_SPLITS = 128
 _LEAST_KEYS = 1024  # of a tile that is split: below, merging costs what it saves
 _LEAST_SPLIT_KEYS = 256
@@ -50,6 +52,7 @@ class Tile(NamedTuple):
     one_loop: the forward masks its interior too, in one loop with the edges.
     steady: the forward keeps the maxima of the edges, see `forward.steady_softmax`. The call must allow it.
     terms_together: the pass for dK and dV brings both row terms of its queries in one load, see `load_row_terms`.
+    programs: that a multiprocessor should have at a time; keys are split for as many.
     """
 
     block_m: int
@@ -62,6 +65,30 @@ class Tile(NamedTuple):
     one_loop: bool = False
     steady: bool = False
     terms_together: bool = False
+    programs: int = 2
+
+
+class Call(NamedTuple):
+    """What rules look at.
+
+    causal: whether the right side of the band is bounded.
+    seqlen_k: keys a query may reach: the longest sequence's length, or the window's.
+    triton_version: (major, minor).
+    aligned: whether Triton can tell that rows start at multiples of 16 bytes.
+    by_tma: whether TMA can bring the tiles.
+    steady: whether the forward's maxima may stay.
+    rows: of a sequence's queries, in all heads that share a tile.
+    paged: whether keys lie in pages.
+    """
+
+    causal: bool
+    seqlen_k: int
+    triton_version: tuple[int, int]
+    aligned: bool = True
+    by_tma: bool = False
+    steady: bool = False
+    rows: int = MANY_ROWS
+    paged: bool = False
 
 
 class Rule(NamedTuple):
@@ -74,18 +101,20 @@ class Rule(NamedTuple):
     min_seqlen_k: int = 0
     min_triton: tuple[int, int] = (3, 6)
     aligned: bool | None = None
+    max_rows: int = MANY_ROWS
+    paged: bool | None = None
 
-    def applies(
-        self, causal: bool, seqlen_k: int, triton_version: tuple[int, int], aligned: bool, by_tma: bool, steady: bool
-    ) -> bool:
+    def applies(self, call: Call) -> bool:
         """Whether a call falls under this rule."""
         return (
-            self.causal in (None, causal)
-            and seqlen_k >= self.min_seqlen_k
-            and triton_version >= self.min_triton
-            and self.aligned in (None, aligned)
-            and self.tile.by_tma <= by_tma
-            and self.tile.steady <= steady
+            self.causal in (None, call.causal)
+            and call.seqlen_k >= self.min_seqlen_k
+            and call.triton_version >= self.min_triton
+            and self.aligned in (None, call.aligned)
+            and self.tile.by_tma <= call.by_tma
+            and self.tile.steady <= call.steady
+            and call.rows <= self.max_rows
+            and self.paged in (None, call.paged)
         )
 
 
@@ -110,11 +139,15 @@ FORWARD: TileTable = {
     # Rows that cannot be copied asynchronously go through registers, where Triton 3.6's wgmma gives wrong results for
     # some pairs of head dims (40 with 24); 32 queries a tile select the older matrix instruction, which does not.
     # Where maxima stay TMA pays at every head dim, and programs of twice as many queries do at 64: there is less to
-    # overlap. Without, TMA is slower at 64 and not measured at 256.
+    # overlap. Without, TMA is slower at 64 and not measured at 256. A window of 1024 makes short programs, of which one
+    # more fits beside a shorter pipeline.
     ("sm90", 2, 64): (
         Rule(Tile(128, 64, 8, 3, row_sums=8, by_tma=True, steady=True), causal=False, min_seqlen_k=1024),
         Rule(Tile(128, 64, 8, 3, row_sums=8, by_tma=True, steady=True), causal=True, min_seqlen_k=2048),
+        Rule(Tile(64, 64, 4, 2, row_sums=8, by_tma=True, steady=True), causal=True, min_seqlen_k=1025),
         Rule(Tile(32, 64, 4, 2), aligned=False),
+        Rule(Tile(64, 128, 4, 3, row_sums=8), max_rows=128, paged=True),
+        Rule(Tile(64, 64, 4, 3, row_sums=8), max_rows=64),
         Rule(Tile(64, 64, 4, 3, row_sums=8, steady=True), min_seqlen_k=1024),
         Rule(Tile(128, 64, 8, 3, row_sums=8), causal=True, min_seqlen_k=8192),
         Rule(Tile(64, 64, 4, 3, row_sums=8)),
@@ -129,6 +162,7 @@ FORWARD: TileTable = {
         Rule(Tile(64, 64, 4, 3, row_sums=8)),
     ),
     ("sm90", 2, 256): (
+        Rule(Tile(32, 64, 4, 2), max_rows=64),
         Rule(Tile(128, 64, 8, 2, by_tma=True, steady=True), min_seqlen_k=1024),
         Rule(Tile(32, 32, 4, 2), aligned=False),
         Rule(Tile(128, 64, 8, 2, steady=True), min_seqlen_k=2048),
@@ -160,6 +194,36 @@ FORWARD: TileTable = {
     ("gfx1201", 2, 128): _rules(128, 64, 8, 1),
     ("gfx1201", 2, 256): (Rule(Tile(128, 32, 8, 1), min_triton=(3, 9)), Rule(Tile(128, 16, 8, 1))),
 }
+
+FEW_ROWS = 16
+_FEW_ROWS_TILE: dict[str, dict[int, Tile]] = {
+    "sm80": {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 4, 3, programs=1), 256: Tile(16, 64, 4, 2, programs=1)},
+    "sm89": {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 4, 2, programs=1), 256: Tile(16, 32, 4, 2, programs=1)},
+    "sm90": {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 4, 4, programs=1), 256: Tile(16, 64, 4, 3, programs=1)},
+    "gfx9": {64: Tile(16, 64, 4, 1), 128: Tile(16, 64, 4, 1), 256: Tile(16, 32, 4, 1)},
+    "gfx1100": {64: Tile(16, 64, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1, 128)},
+    "gfx1201": {64: Tile(16, 64, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
+}
+"""For as many rows as one instruction multiplies. They are bound by memory, so that a tile of more would only take room
+from keys on their way. Measured on an H200, elsewhere what shared memory or registers have room for."""
+_PAGED_FEW_ROWS_TILE: dict[str, dict[int, Tile]] = {
+    "sm90": {64: Tile(16, 128, 4, 3, programs=4), 128: Tile(16, 64, 2, 3, programs=4), 256: Tile(16, 64, 4, 2)},
+}
+"""Where addresses of keys come from memory first, which programs side by side hide."""
+_ALIKE = {"sm100": "sm90", "sm120": "sm89", "gfx90a": "gfx9", "gfx942": "gfx9", "gfx950": "gfx9"}
+
+
+def _few_rows_rules(arch: str, head_dim: int) -> tuple[Rule, ...]:
+    """Rules for few rows of 2-byte elements."""
+    arch = _ALIKE.get(arch, arch)
+    paged, tile = _PAGED_FEW_ROWS_TILE.get(arch), _FEW_ROWS_TILE[arch][head_dim]
+    first = () if paged is None else (Rule(paged[head_dim], max_rows=FEW_ROWS, paged=True),)
+    return *first, Rule(tile, max_rows=FEW_ROWS)
+
+
+for (_arch, _, _head_dim), _wider in tuple(FORWARD.items()):
+    FORWARD[_arch, 2, _head_dim] = (*_few_rows_rules(_arch, _head_dim), *_wider)
+
 # float32 products run on the plain FMA units unless torch's matmul precision allows tf32: small tiles, few registers.
 # Fewer than 64 queries also keep Triton 3.6 off sm100's tcgen05, where it rounds float32 to tf32 unasked.
 _FLOAT32 = {64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 32, 4, 1)}
@@ -269,18 +333,7 @@ def table_head_dim(head_dim: int) -> int:
     return next(entry for entry in HEAD_DIMS if head_dim <= entry)
 
 
-def select_tile(
-    table: TileTable,
-    arch: str,
-    itemsize: int,
-    head_dim: int,
-    causal: bool,
-    seqlen_k: int,
-    triton_version: tuple[int, int],
-    aligned: bool = True,
-    by_tma: bool = False,
-    steady: bool = False,
-) -> Tile:
+def select_tile(table: TileTable, arch: str, itemsize: int, head_dim: int, call: Call) -> Tile:
     """A kernel's tile.
 
     Args:
@@ -288,16 +341,10 @@ def select_tile(
         arch: an architecture with entries, see `table_architecture`.
         itemsize: bytes per element of q, k and v.
         head_dim: the larger of D and Dv, 1 to 256.
-        causal: whether the right side of the band is bounded.
-        seqlen_k: keys a query may reach: the longest sequence's length, or the window's.
-        triton_version: (major, minor).
-        aligned: whether Triton can tell that rows start at multiples of 16 bytes.
-        by_tma: whether TMA can bring the tiles.
-        steady: whether the forward's maxima may stay.
+        call: what else decides.
     """
     rules = table[arch, itemsize, table_head_dim(head_dim)]
-    call = causal, seqlen_k, triton_version, aligned, by_tma, steady
-    return next(rule.tile for rule in rules if rule.applies(*call))
+    return next(rule.tile for rule in rules if rule.applies(call))
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -305,17 +352,17 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def key_splits(tiles: int, keys: int, rows: int, multiprocessors: int) -> int:
+def key_splits(tiles: int, keys: int, rows: int, programs: int) -> int:
     """Parts in which the forward takes the keys of a query tile, so that few tiles fill the device too; 1 where whole.
 
     Args:
         tiles: of the call.
         keys: that one of them sees, at most.
         rows: of the output, in all heads; writing and merging the parts of each takes time.
-        multiprocessors: of the device.
+        programs: that the device works on at a time.
     """
     if keys < _LEAST_KEYS or tiles == 0:
         return 1
     least = _FEW_ROWS_SPLIT_KEYS if rows <= _FEW_ROWS else _LEAST_SPLIT_KEYS
-    splits = max(1, min(multiprocessors // tiles, keys // least, MOST_SPLITS))
+    splits = max(1, min(programs // tiles, keys // least, MOST_SPLITS))
     return splits if (keys - keys // splits) * _ROWS_MERGED_PER_KEY > rows else 1
