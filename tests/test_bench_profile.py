@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from regard import ConfigError, UnsupportedError
-from regard.bench import profile, rows
+from regard.bench import rows
 from regard.bench.cases import parse
 from regard.bench.profile import MULTIPROCESSORS, KernelProfile, bound, launches, profile_kernels, residency
 from regard.cli import app
@@ -71,12 +71,6 @@ def test_launches_are_written_down_and_not_made(arch):
     names = kernel_names("flash", "fwdbwd-" + CASE, arch)
     assert names[:3] == ["attention_forward", "row_terms", "backward_keys"]
     assert kernel_names("flash", "bwd-" + CASE, arch) == names[1:]
-
-
-def test_the_two_launches_of_a_forward_have_names():
-    config = parse("b8-s2048-h8-d64-bf16").config("cuda", "sm90")
-    names = [profile._name(each) for each in launches("flash", config, meta_inputs(config), "fwd")]
-    assert names == ["attention_forward", "attention_forward (tiles that come again)"]
 
 
 def test_launches_of_hopper_are_written_down():

@@ -10,8 +10,7 @@ pytest.importorskip("triton")
 import regard
 from regard import AttentionConfig, AttentionInputs
 from regard.backends import flash
-from regard.backends.launch import new_results
-from regard.kernels import tuning
+from regard.kernels import forward, tuning
 from regard.kernels.scores import GROWTH
 from regard.testing import Case, check_forward
 
@@ -43,11 +42,10 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def steady(monkeypatch):
-    """Small calls with the tiles of sm90, all of which keep maxima."""
+    """The tiles of sm90 for long calls, all of which keep maxima."""
     if torch.cuda.is_available():
         pytest.skip("device: got cuda, needs cpu (the interpreter, which takes any architecture's tiles)")
     monkeypatch.setattr(flash, "_INTERPRETER_ARCH", "sm90")
-    monkeypatch.setattr(tuning, "STEADY_FROM", 1)
     steady = {
         entry: tuple(rule._replace(min_seqlen_k=0) for rule in rules if rule.tile.steady or not rule.min_seqlen_k)
         for entry, rules in tuning.FORWARD.items()
@@ -65,7 +63,7 @@ def test_forward(case, monkeypatch):
 
     monkeypatch.setattr(flash, "forward_launches", forward_launches)
     check_forward("flash", case, dtype=torch.bfloat16)
-    assert {len(launches) for launches in made} == ({2} if case.seqlen_k else set())
+    assert {launches[0].arguments["STEADY"] for launches in made} == ({True} if case.seqlen_k else set())
 
 
 def rising(units):
@@ -78,32 +76,30 @@ def rising(units):
     return config, AttentionInputs(q, k, v)
 
 
+@pytest.fixture
+def came_again(monkeypatch):
+    """Whether each tile came again, in the order of the launch."""
+    found = []
+
+    def has_grown(row_sum, has_grown=forward.has_grown):
+        found.append(bool(has_grown(row_sum)))
+        return found[-1]
+
+    monkeypatch.setattr(forward, "has_grown", has_grown)
+    return found
+
+
 @pytest.mark.parametrize(("units", "again"), [(40, False), (50, True), (3000, True)])
-def test_tiles_whose_sums_grow_too_far_come_again(units, again):
+def test_tiles_whose_sums_grow_too_far_come_again(units, again, came_again):
     config, inputs = rising(units)
-    out, lse = new_results(config, inputs)
-    first, second = flash.forward_launches(config, inputs, out, lse)
-    first.run(inputs.q.device)
-    assert (lse == float("inf")).all() if again else lse.isfinite().all()
+    inputs.q[:, :128] = 0  # the first tile: all its scores are alike
+    out, lse = flash.FlashBackend().forward(config, inputs)
+    assert came_again == [False, again]
     assert again == (units > math.log2(GROWTH.value))
-    kept = out.clone()
-    second.run(inputs.q.device)
     expected, expected_lse = regard.attention(*inputs[:3], softmax_scale=config.softmax_scale, return_lse=True,
                                               backend="reference")  # fmt: skip
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
-    assert again or torch.equal(out, kept), "nothing was to be done again"
-
-
-def test_only_tiles_that_need_it_come_again():
-    config, inputs = rising(3000)
-    inputs.q[:, :128] = 0  # the first tile: all its scores are alike
-    out, lse = new_results(config, inputs)
-    first, second = flash.forward_launches(config, inputs, out, lse)
-    first.run(inputs.q.device)
-    out[:, :128] = 7.0
-    second.run(inputs.q.device)
-    assert (out[:, :128] == 7.0).all() and not (out[:, 128:] == 7.0).any()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +108,7 @@ def test_only_tiles_that_need_it_come_again():
      dict(alibi=True), dict(dtype=torch.float16), dict(softmax_scale=-1.0)],
     ids=str,
 )  # fmt: skip
-def test_calls_whose_maxima_must_follow_take_one_launch(given):
+def test_maxima_follow_where_they_must(given):
     config = AttentionConfig(
         **{
             **dict(batch=1, seqlen_q=70, seqlen_k=200, heads_q=1, heads_kv=1, head_dim=64, dtype=torch.bfloat16),
@@ -120,11 +116,3 @@ def test_calls_whose_maxima_must_follow_take_one_launch(given):
         }
     )
     assert not flash._keeps_maxima(config)
-
-
-def test_small_calls_take_one_launch(monkeypatch):
-    monkeypatch.setattr(tuning, "STEADY_FROM", 150 * 200 + 1)
-    config, inputs = rising(1)
-    assert len(flash.forward_launches(config, inputs, *new_results(config, inputs))) == 1
-    monkeypatch.setattr(tuning, "STEADY_FROM", 150 * 200)
-    assert len(flash.forward_launches(config, inputs, *new_results(config, inputs))) == 2

@@ -62,15 +62,10 @@ class Kernel(NamedTuple):
     products: bool = True
 
 
-def _forward(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[str, int]]]:
-    """Launch ``index`` of the forward."""
-
-    def launch(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-        parts = new_parts(config, inputs.q, hopper_tuning.MULTIPROCESSORS, flash.splits_of)
-        made = flash.forward_launches(config, inputs, *new_results(config, inputs), parts)[index]
-        return made.kernel, made.arguments, made.options
-
-    return launch
+def _forward(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
+    parts = new_parts(config, inputs.q, hopper_tuning.MULTIPROCESSORS, flash.splits_of)
+    launch = flash.forward_launches(config, inputs, *new_results(config, inputs), parts)[0]
+    return launch.kernel, launch.arguments, launch.options
 
 
 def _backward(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping[str, int]]]:
@@ -153,8 +148,7 @@ def _hopper_two_pass(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], 
 
 
 KERNELS = {
-    "forward": Kernel(tuning.FORWARD, _forward(0)),
-    "forward-again": Kernel({}, _forward(1)),
+    "forward": Kernel(tuning.FORWARD, _forward),
     "backward-keys": Kernel(tuning.BACKWARD_KEYS, _backward(0)),
     "backward-queries": Kernel(tuning.BACKWARD_QUERIES, _backward(1)),
     "backward-bias": Kernel({}, _backward(2)),
@@ -222,12 +216,7 @@ _HOPPER_TWO_PASSES: list[tuple[str, dict[str, Any]]] = [
     ("d128 everything", dict(head_dim=128, softcap=30.0, **_HOPPER_EVERYTHING)),
     ("d256 everything", dict(head_dim=256, softcap=30.0, **_HOPPER_EVERYTHING)),
 ]
-_STEADY: dict[str, Any] = dict(batch=8, seqlen_q=2048, seqlen_k=2048)
 SM90_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "forward-again": [
-        ("d64 causal", dict(head_dim=64, causal=True, **_STEADY)),
-        ("d128 plain", dict(head_dim=128, **_STEADY)),
-    ],
     "hopper-forward": [
         ("d64 plain", dict(head_dim=64)),
         ("d64 causal", dict(head_dim=64, causal=True)),
@@ -298,9 +287,8 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             name = f"d{head_dim} {'causal' if causal else 'plain'}" + (f" k{length}" if length != _SEQLEN else "")
             name += "" if by_tma else " lengths"  # of which TMA knows nothing
             options = dict(seqlen_q=length, seqlen_k=length, causal=causal, kv_lens=not by_tma)
-            options |= dict(batch=-(-tuning.STEADY_FROM // (_HEADS * length**2))) if steady else {}
-            large = kernel == "forward" and _BATCH * _HEADS * length**2 >= tuning.STEADY_FROM
-            dtype = torch.float16 if large and not steady else torch.bfloat16  # whose maxima follow
+            follows = kernel == "forward" and any(rule.tile.steady for rule in rules) and not steady
+            dtype = torch.float16 if follows else torch.bfloat16  # whose maxima would stay
             add(name + (" steady" if steady else ""), dtype, head_dim=head_dim, **options)
         for rule in rules:
             if rule.max_rows < tuning.MANY_ROWS:

@@ -158,8 +158,7 @@ def forward_launches(
     by_tma: bool = True,
     steady: bool = True,
 ) -> list[Launch]:
-    """The launches for one call: one; a steady one and one for the tiles it could not do; or one for parts of the keys
-    and their merge.
+    """The launches for one call: one, or one for parts of the keys and their merge.
 
     Reads shapes and strides only, so that the compile gate can ask for calls on devices that are not there.
 
@@ -199,11 +198,7 @@ def forward_launches(
         WIDE=_wide(inputs, out, pack=pack),
     )
     programs = _query_tiles(config, tile, pack) * (splits or 1)
-    made = [
-        _launch(attention_forward, programs, {**arguments, "STEADY": tile.steady and not again, "AGAIN": again}, tile)
-        for again in ((False, True) if tile.steady else (False,))
-    ]
-    return [*made, *merges]
+    return [_launch(attention_forward, programs, arguments, tile), *merges]
 
 
 def splits_of(config: AttentionConfig, multiprocessors: int) -> int:
@@ -239,11 +234,8 @@ _FEW_QUERIES = 32
 
 
 def _keeps_maxima(config: AttentionConfig) -> bool:
-    """Whether a steady launch can do a call, and saves more than the launch after it costs the host."""
-    pairs = config.batch * config.heads_q * config.seqlen_q * config.seqlen_k
-    # the weights of float16 would overflow, and a row must see a key at the edges
-    exact = config.dtype == torch.bfloat16 and config.mask_shape is None
-    return exact and _is_raw(config) and pairs >= tuning.STEADY_FROM
+    """Whether a call allows it: weights of float16 would overflow, and a row must see a key at the edges."""
+    return config.dtype == torch.bfloat16 and config.mask_shape is None and _is_raw(config)
 
 
 def _is_raw(config: AttentionConfig) -> bool:
@@ -510,6 +502,7 @@ def _tile_arguments(config: AttentionConfig, tile: tuning.Tile, cut: bool) -> di
         DIMS=tile.dims,
         ROW_SUMS=tile.row_sums,
         ONE_LOOP=tile.one_loop,
+        STEADY=tile.steady,
         TERMS_TOGETHER=tile.terms_together,
         BLOCK_D=tuning.padded_head_dim(config.head_dim),
         BLOCK_DV=tuning.padded_head_dim(config.head_dim_v),

@@ -75,4 +75,6 @@ def too_small(config: AttentionConfig) -> tuple[str, str] | None:
         return None
     keys = -(-(config.total_k or 0) // max(1, config.batch)) if config.varlen else config.seqlen_k
     tiles = query_tiles(config, tile, pack)
-    return hopper_tuning.small_call(config.head_dim, config.head_dim_v, tiles=tiles, keys=keys, pack=pack)
+    return hopper_tuning.small_call(
+        config.head_dim, config.head_dim_v, tiles=tiles, keys=keys, pack=pack, requires_grad=config.requires_grad
+    )

@@ -134,16 +134,11 @@ def _profile(backend: str, launch: Launch, arch: str) -> KernelProfile:
     resident, limited_by = residency(MULTIPROCESSORS[arch], warps, cost.registers, cost.shared)
     tile, stages = tile_of(launch.arguments, launch.options)
     return KernelProfile(
-        backend=backend, kernel=_name(launch), tile=tile, warps=warps, stages=stages,
+        backend=backend, kernel=launch.kernel.__name__, tile=tile, warps=warps, stages=stages,
         programs=launch.programs, registers=cost.registers, spills=cost.spills, shared=cost.shared,
         matrix=cost.matrix, resident=resident, limited_by=limited_by,
         occupancy=resident * warps / MULTIPROCESSORS[arch].warps,
     )  # fmt: skip
-
-
-def _name(launch: Launch) -> str:
-    again = launch.arguments.get("AGAIN")  # of `flash`: most of its programs return at once
-    return f"{launch.kernel.__name__} (tiles that come again)" if again else str(launch.kernel.__name__)
 
 
 def launches(backend: str, config: AttentionConfig, inputs: AttentionInputs, mode: str) -> list[Launch]:

@@ -30,6 +30,8 @@ from regard.kernels.scores import (
     tile_offsets,
 )
 
+EDGES, INTERIOR, WHOLE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # parts of a query tile's range of keys
+
 
 @triton.jit
 def first_softmax(sinks_ptr, head, BLOCK_M: tl.constexpr, ROW_SUMS: tl.constexpr):
@@ -68,7 +70,7 @@ def steady_softmax(scores, row_max, row_sum, scale):
     """The same with maxima that stay as they are: this tile's weights, and the new sum.
 
     A maximum is a mere reference, which cancels in the end. That of the keys at the edges serves all others but where
-    these score far higher, of which the sum tells in the end.
+    these score far higher, see `has_grown`.
     """
     weights = tl.exp2(scores * (scale * LOG2_E) - row_max[:, None])
     return weights, row_sum + sum_of_weights(weights, row_sum)
@@ -85,18 +87,28 @@ def sum_of_weights(weights, row_sum):
 
 
 @triton.jit
-def last_softmax(acc, row_max, row_sum, STEADY: tl.constexpr):
-    """Out and lse of the final state (algorithm 1, lines 12 and 13): 0 and -inf in rows that saw no key. STEADY: lse is
-    inf in rows whose sum grew so far that values may overflow.
-    """
+def whole_sum(row_sum):
+    """Of all parts."""
     if len(row_sum.shape) == 2:
-        row_sum = tl.sum(row_sum, 1)
+        return tl.sum(row_sum, 1)
+    else:
+        return row_sum
+
+
+@triton.jit
+def has_grown(row_sum):
+    """Whether a row's sum over a maximum that stayed grew so far that values may overflow."""
+    return tl.max((whole_sum(row_sum) > GROWTH).to(tl.int32), 0) != 0
+
+
+@triton.jit
+def last_softmax(acc, row_max, row_sum):
+    """Out and lse of the final state (algorithm 1, lines 12 and 13): 0 and -inf in rows that saw no key."""
+    row_sum = whole_sum(row_sum)
     nothing_visible = row_sum == 0
     row_sum = tl.where(nothing_visible, 1.0, row_sum)
     out = acc * (1 / row_sum)[:, None]
     lse = tl.where(nothing_visible, float("-inf"), row_max * LN_2 + tl.log2(row_sum) * LN_2)
-    if STEADY:
-        lse = tl.where(row_sum > GROWTH, float("inf"), lse)
     return out, lse
 
 
@@ -179,7 +191,7 @@ def attend_keys(
     page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, DIMS: tl.constexpr, PACK: tl.constexpr, STEADY: tl.constexpr,
+    PRECISION: tl.constexpr, DIMS: tl.constexpr, PACK: tl.constexpr, STEADY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Stream the key blocks of [start, stop) past the query tile.
 
@@ -187,7 +199,7 @@ def attend_keys(
     """
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
-    for position in tl.range(start, stop, BLOCK_N):
+    for position in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         first_key = position
         if MASKED and window_left is not None:
             first_key = tl.where(position < gap_start, position, position + gap)
@@ -300,7 +312,6 @@ def attention_forward(
     ROW_SUMS: tl.constexpr,  # parts that the sum of a row's weights is kept in, see `tuning.Tile`
     ONE_LOOP: tl.constexpr,  # the interior is masked as well, in one loop with the edges
     STEADY: tl.constexpr,  # the interior comes last and keeps the edges' maxima, see `steady_softmax`
-    AGAIN: tl.constexpr,  # only tiles of which a steady launch says that a row's sum grew too far
 ):
     first_row, head, entry = own_queries(seqlen_q * PACK, heads_q // PACK, window_right, BLOCK_M)
     first_query, head = first_row // PACK, head * PACK
@@ -316,11 +327,6 @@ def attention_forward(
     row = tl.arange(0, BLOCK_M)
     query = first_query + row // PACK
     query_exists = query < length_q
-    if AGAIN:
-        found = lse_places(lse_ptr, lse_strides, entry, head, start_q, query, row, PACK)
-        grown = tl.load(found, mask=query_exists, other=0.0) == float("inf")
-        if tl.max(grown.to(tl.int32), 0) == 0:
-            return
 
     # Offsets of whole heads and sequences may pass 2**31 elements.
     sequence64, head_k64 = sequence.to(tl.int64), (head // group).to(tl.int64)
@@ -351,9 +357,6 @@ def attention_forward(
     # Q tile (BLOCK_M, BLOCK_D)
     q_base = head_base(q_ptr, q_strides, sequence, start_q + first_query, head)
     q = load_rows(q_base, q_strides, query_exists, BLOCK_M, HEAD_DIM, BLOCK_D, True, WIDE, PACK)
-    row_max, row_sum = first_softmax(sinks_ptr, head if PACK == 1 else head + row % PACK, BLOCK_M, ROW_SUMS)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-
     last_query = tl.minimum(first_query + (BLOCK_M + PACK - 1) // PACK, length_q) - 1
     end_k = length_k
     if splits is not None:
@@ -369,27 +372,35 @@ def attention_forward(
         # the first row's last key belongs to the edge too, so that every row has a maximum from there
         last_key = tl.maximum(first_query + shift + window_right, full_start)
         full_stop = tl.minimum(full_stop, last_key // BLOCK_N * BLOCK_N)
-    if ONE_LOOP:
-        full_start, gap = stop, 0
-    else:
-        start, stop, gap = edge_span(start, full_start, full_stop, stop, window_left)
-    for turn in tl.static_range(1 if ONE_LOOP else 0, 2 if RAGGED or ONE_LOOP or STEADY else 1):
-        # the interior and the edges, in this order or the other: one body, masked only at the edges, where positions
-        # skip over the interior
-        acc, row_max, row_sum = attend_keys(
-            acc, row_max, row_sum, q,
-            full_start if (turn == 1) == STEADY else start,
-            full_stop if (turn == 1) == STEADY else stop,
-            full_start, gap,
-            query, query_exists, sequence * heads_q + head, shift, end_k, readable_k,
-            q_base, k_base, v_base, mask_base, bias_base, block_table_ptr, slope, seed,
-            q_strides, k_strides, v_strides, mask_strides, bias_strides,
-            page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, (turn == 1) != STEADY, RAW, WIDE, PRECISION,
-            DIMS, PACK, STEADY and turn == 1,
-        )  # fmt: skip
+    edge_start, edge_stop, gap = edge_span(start, full_start, full_stop, stop, window_left)
 
-    out, lse = last_softmax(acc, row_max, row_sum, STEADY)
+    sink = head if PACK == 1 else head + row % PACK
+    row_max, row_sum = first_softmax(sinks_ptr, sink, BLOCK_M, ROW_SUMS)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    # The interior, then the edges if something is cut; in one loop the whole. Where maxima stay, the edges first, then
+    # the interior, then the whole again if the maxima did not serve: rarely, so that it takes no registers to be fast.
+    FIRST: tl.constexpr = WHOLE if ONE_LOOP else EDGES if STEADY else INTERIOR
+    LAST: tl.constexpr = WHOLE if ONE_LOOP or STEADY else EDGES if RAGGED else INTERIOR
+    STEP: tl.constexpr = 1 if ONE_LOOP or STEADY else -1
+    for part in tl.static_range(FIRST, LAST + STEP, STEP):
+        if part != WHOLE or ONE_LOOP or has_grown(row_sum):
+            if part == WHOLE:
+                row_max, row_sum = first_softmax(sinks_ptr, sink, BLOCK_M, ROW_SUMS)
+                acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+            acc, row_max, row_sum = attend_keys(
+                acc, row_max, row_sum, q,
+                start if part == WHOLE else edge_start if part == EDGES else full_start,
+                stop if part == WHOLE else edge_stop if part == EDGES else full_stop,
+                full_start, 0 if part == WHOLE else gap,
+                query, query_exists, sequence * heads_q + head, shift, end_k, readable_k,
+                q_base, k_base, v_base, mask_base, bias_base, block_table_ptr, slope, seed,
+                q_strides, k_strides, v_strides, mask_strides, bias_strides,
+                page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part != INTERIOR, RAW, WIDE, PRECISION,
+                DIMS, PACK, STEADY and part == INTERIOR, 1 if STEADY and part == WHOLE else None,
+            )  # fmt: skip
+
+    out, lse = last_softmax(acc, row_max, row_sum)
     if seed is not None:
         out = out * dropout_rescale
     # out tile (BLOCK_M, BLOCK_DV)

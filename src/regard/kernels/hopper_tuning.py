@@ -56,9 +56,9 @@ MULTIPROCESSORS = 132
 """Of an H100 SXM or H200."""
 
 _STEP_KEYS = 128
-_SMALL = {64: (384, 1584), 128: (96, 660)}
-"""Keys of a sequence, and steps of all tiles, up to which the portable kernels are faster, by head dim; wider heads
-have nothing to gain. Where heads share a tile, and so its keys, as many times less."""
+_SMALL = {64: (384, 1584), 128: (96, 660), 256: (64, 0)}
+"""Keys of a sequence, and steps of all tiles, up to which the portable kernels are faster, by head dim; the backward of
+wide heads never is. Where heads share a tile, and so its keys, as many times less."""
 
 # padded head dim, the larger of D and Dv -> tile
 FORWARD = {
@@ -111,7 +111,9 @@ def forward_tile(
     return tile
 
 
-def small_call(head_dim: int, head_dim_v: int, *, tiles: int, keys: int, pack: int) -> tuple[str, str] | None:
+def small_call(
+    head_dim: int, head_dim_v: int, *, tiles: int, keys: int, pack: int, requires_grad: bool
+) -> tuple[str, str] | None:
     """What a call has, and what it needs, where it is too small for the pipeline of these kernels: the portable ones,
     of which a multiprocessor runs several programs at a time, are faster. None where it is not.
 
@@ -120,11 +122,12 @@ def small_call(head_dim: int, head_dim_v: int, *, tiles: int, keys: int, pack: i
         tiles: of the call, whose keys are whole.
         keys: of a sequence, on average.
         pack: query heads that share a tile.
+        requires_grad: whether a backward follows.
     """
-    found = _SMALL.get(table_head_dim(max(head_dim, head_dim_v)))
-    if found is None:
+    entry = table_head_dim(max(head_dim, head_dim_v))
+    if entry == 256 and requires_grad:
         return None
-    small_keys, small_steps = (most // pack for most in found)
+    small_keys, small_steps = (most // pack for most in _SMALL[entry])
     if keys <= small_keys:
         return f"sequences of {keys} keys", f"more than {small_keys}"
     if tiles * -(-keys // _STEP_KEYS) <= small_steps:

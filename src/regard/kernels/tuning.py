@@ -26,10 +26,6 @@ _ALIASES = {
     "gfx1200": "gfx1201",
 }
 
-STEADY_FROM = 1 << 26
-"""Pairs of query and key from which the forward's maxima may stay. Fewer take an H200 less than 30 us, and the host may
-not be done with a second launch by then."""
-
 MANY_ROWS = 1 << 31
 
 MOST_SPLITS = 128
@@ -148,7 +144,7 @@ FORWARD: TileTable = {
         Rule(Tile(32, 64, 4, 2), aligned=False),
         Rule(Tile(64, 128, 4, 3, row_sums=8), max_rows=128, paged=True),
         Rule(Tile(64, 64, 4, 3, row_sums=8), max_rows=64),
-        Rule(Tile(64, 64, 4, 3, row_sums=8, steady=True), min_seqlen_k=1024),
+        Rule(Tile(64, 64, 4, 3, row_sums=8, steady=True), min_seqlen_k=1025),
         Rule(Tile(128, 64, 8, 3, row_sums=8), causal=True, min_seqlen_k=8192),
         Rule(Tile(64, 64, 4, 3, row_sums=8)),
     ),
