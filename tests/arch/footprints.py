@@ -294,7 +294,10 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             if rule.max_rows < tuning.MANY_ROWS:
                 group = _HEADS // _FEW["heads_kv"]
                 few = dict(head_dim=head_dim, seqlen_q=rule.max_rows // group, **_FEW, **(_PAGED if rule.paged else {}))
-                add(f"d{head_dim} rows{rule.max_rows}" + (" paged" if rule.paged else ""), torch.bfloat16, **few)
+                if any(other.min_seqlen_k > rule.min_seqlen_k for other in rules if other.max_rows == rule.max_rows):
+                    few["seqlen_k"] = rule.min_seqlen_k or _SEQLEN
+                name = f"d{head_dim} rows{rule.max_rows} k{few['seqlen_k']}" + (" paged" if rule.paged else "")
+                add(name, torch.bfloat16, **few)
         if kernel == "forward" and any(rule.aligned is False for rule in rules):
             add(f"d{head_dim - 8}-mqa unaligned", torch.bfloat16, head_dim=head_dim - 8, heads_kv=1)
             if any(rule.tile.by_tma for rule in rules):

@@ -6,7 +6,7 @@ tuned at run time. `tests/arch` compiles every entry for its target and records 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HEAD_DIMS = (64, 128, 256)
 """Head dims the table distinguishes; a head dim uses the next larger entry."""
@@ -192,33 +192,36 @@ FORWARD: TileTable = {
 }
 
 FEW_ROWS = 16
-_FEW_ROWS_TILE: dict[str, dict[int, Tile]] = {
-    "sm80": {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 4, 3, programs=1), 256: Tile(16, 64, 4, 2, programs=1)},
-    "sm89": {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 4, 2, programs=1), 256: Tile(16, 32, 4, 2, programs=1)},
-    "sm90": {64: Tile(16, 64, 2, 3), 128: Tile(16, 64, 4, 4, programs=1), 256: Tile(16, 64, 4, 3, programs=1)},
-    "gfx9": {64: Tile(16, 64, 4, 1), 128: Tile(16, 64, 4, 1), 256: Tile(16, 32, 4, 1)},
-    "gfx1100": {64: Tile(16, 64, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1, 128)},
-    "gfx1201": {64: Tile(16, 64, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
+"""As many as one matrix instruction multiplies."""
+
+
+def _few(*tile: int, programs: int = 2, **call: Any) -> Rule:
+    return Rule(Tile(*tile, programs=programs), max_rows=FEW_ROWS, **call)
+
+
+# Few rows are bound by memory: a tile of more would only take room from keys on their way. Addresses of paged keys come
+# from memory first, which programs side by side hide. Measured on an H200; elsewhere what shared memory or registers
+# have room for.
+_FEW_ROWS_RULES: dict[str, dict[int, tuple[Rule, ...]]] = {
+    "sm80": {64: (_few(16, 64, 2, 3),), 128: (_few(16, 64, 4, 3, programs=1),), 256: (_few(16, 64, 4, 2, programs=1),)},
+    "sm89": {64: (_few(16, 64, 2, 3),), 128: (_few(16, 64, 4, 2, programs=1),), 256: (_few(16, 32, 4, 2, programs=1),)},
+    "sm90": {
+        64: (_few(16, 128, 4, 3, programs=4, paged=True), _few(16, 64, 2, 3)),
+        128: (
+            _few(16, 64, 2, 3, programs=4, paged=True),
+            _few(16, 128, 4, 3, programs=1, min_seqlen_k=1024),
+            _few(16, 64, 4, 4, programs=1),
+        ),
+        256: (_few(16, 64, 4, 2, paged=True), _few(16, 64, 4, 3, programs=1)),
+    },
+    "gfx9": {64: (_few(16, 64, 4, 1),), 128: (_few(16, 64, 4, 1),), 256: (_few(16, 32, 4, 1),)},
+    "gfx1100": {64: (_few(16, 64, 4, 1),), 128: (_few(16, 32, 4, 1),), 256: (_few(16, 32, 4, 1, 128),)},
+    "gfx1201": {64: (_few(16, 64, 4, 1),), 128: (_few(16, 32, 4, 1),), 256: (_few(16, 32, 4, 1),)},
 }
-"""For as many rows as one instruction multiplies. They are bound by memory, so that a tile of more would only take room
-from keys on their way. Measured on an H200, elsewhere what shared memory or registers have room for."""
-_PAGED_FEW_ROWS_TILE: dict[str, dict[int, Tile]] = {
-    "sm90": {64: Tile(16, 128, 4, 3, programs=4), 128: Tile(16, 64, 2, 3, programs=4), 256: Tile(16, 64, 4, 2)},
-}
-"""Where addresses of keys come from memory first, which programs side by side hide."""
 _ALIKE = {"sm100": "sm90", "sm120": "sm89", "gfx90a": "gfx9", "gfx942": "gfx9", "gfx950": "gfx9"}
 
-
-def _few_rows_rules(arch: str, head_dim: int) -> tuple[Rule, ...]:
-    """Rules for few rows of 2-byte elements."""
-    arch = _ALIKE.get(arch, arch)
-    paged, tile = _PAGED_FEW_ROWS_TILE.get(arch), _FEW_ROWS_TILE[arch][head_dim]
-    first = () if paged is None else (Rule(paged[head_dim], max_rows=FEW_ROWS, paged=True),)
-    return *first, Rule(tile, max_rows=FEW_ROWS)
-
-
 for (_arch, _, _head_dim), _wider in tuple(FORWARD.items()):
-    FORWARD[_arch, 2, _head_dim] = (*_few_rows_rules(_arch, _head_dim), *_wider)
+    FORWARD[_arch, 2, _head_dim] = (*_FEW_ROWS_RULES[_ALIKE.get(_arch, _arch)][_head_dim], *_wider)
 
 # float32 products run on the plain FMA units unless torch's matmul precision allows tf32: small tiles, few registers.
 # Fewer than 64 queries also keep Triton 3.6 off sm100's tcgen05, where it rounds float32 to tf32 unasked.
