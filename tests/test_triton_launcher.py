@@ -117,7 +117,9 @@ def backend(request, monkeypatch):
     if request.param == "flash by TMA":
         for table, head_dim in ((tuning.FORWARD, 128), (tuning.BACKWARD_KEYS, 256), (tuning.BACKWARD_QUERIES, 256)):
             assert any(rule.tile.by_tma for rule in table["sm90", 2, head_dim])
-            monkeypatch.setitem(table, ("sm90", 2, D), table["sm90", 2, head_dim])
+            of_many_rows = tuple(rule for rule in table["sm90", 2, head_dim] if rule.max_rows == tuning.MANY_ROWS)
+            monkeypatch.setitem(table, ("sm90", 2, D), of_many_rows)
+        monkeypatch.setattr(flash, "_FEW_QUERIES", 0)
     return hopper.HopperBackend() if request.param == "hopper" else flash.FlashBackend()
 
 

@@ -374,8 +374,8 @@ def attention_forward(
         full_stop = tl.minimum(full_stop, last_key // BLOCK_N * BLOCK_N)
     edge_start, edge_stop, gap = edge_span(start, full_start, full_stop, stop, window_left)
 
-    sink = head if PACK == 1 else head + row % PACK
-    row_max, row_sum = first_softmax(sinks_ptr, sink, BLOCK_M, ROW_SUMS)
+    row_head = head if PACK == 1 else head + row % PACK
+    row_max, row_sum = first_softmax(sinks_ptr, row_head, BLOCK_M, ROW_SUMS)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # The interior, then the edges if something is cut; in one loop the whole. Where maxima stay, the edges first, then
     # the interior, then the whole again if the maxima did not serve: rarely, so that it takes no registers to be fast.
@@ -385,7 +385,7 @@ def attention_forward(
     for part in tl.static_range(FIRST, LAST + STEP, STEP):
         if part != WHOLE or ONE_LOOP or has_grown(row_sum):
             if part == WHOLE:
-                row_max, row_sum = first_softmax(sinks_ptr, sink, BLOCK_M, ROW_SUMS)
+                row_max, row_sum = first_softmax(sinks_ptr, row_head, BLOCK_M, ROW_SUMS)
                 acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
             acc, row_max, row_sum = attend_keys(
                 acc, row_max, row_sum, q,
