@@ -5,7 +5,7 @@ import torch
 
 import regard
 from regard import AttentionConfig, AttentionInputs
-from regard.backends import flash
+from regard.backends import flash, flash_launches
 from regard.kernels import tuning
 from regard.testing import CASES, Case, check_backward, check_repeatable
 
@@ -49,7 +49,7 @@ TERMS_TOGETHER = [
 def test_row_terms_in_one_load(monkeypatch, case):
     launched = []
     run = flash.Launch.run
-    monkeypatch.setattr(flash, "_INTERPRETER_ARCH", "sm90")
+    monkeypatch.setattr(flash_launches, "_INTERPRETER_ARCH", "sm90")
     monkeypatch.setattr(flash.Launch, "run", lambda self, device: (launched.append(self), run(self, device))[1])
     assert check_backward("flash", case, "cpu", torch.float16).status == "passed"
     (keys,) = (launch for launch in launched if launch.kernel.__name__ == "backward_keys")
@@ -110,8 +110,8 @@ def test_bias_gradient_needs_no_score_sized_temporary(bias, filled):
     rows = torch.empty(2, 4, 37, device="meta")
     tensor = torch.empty(bias, device="meta")
     config = AttentionConfig.from_tensors(q, k, k, bias=tensor)
-    reduced = flash.new_bias_gradient(config, tensor)
-    made = flash.bias_launch(config, AttentionInputs(q, k, k, bias=tensor), q, rows, rows, reduced)
+    reduced = flash_launches.new_bias_gradient(config, tensor)
+    made = flash_launches.bias_launch(config, AttentionInputs(q, k, k, bias=tensor), q, rows, rows, reduced)
     assert made.arguments["dbias_ptr"].shape == filled
 
 

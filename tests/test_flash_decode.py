@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from regard import AttentionConfig
-from regard.backends import flash
+from regard.backends import flash, flash_launches
 from regard.backends.key_splits import multiprocessors, new_parts
 from regard.kernels import tuning
 from regard.testing import Case, check_forward
@@ -86,7 +86,7 @@ def programs(monkeypatch):
 @pytest.mark.parametrize("arch", ["sm80", "sm90"])
 @pytest.mark.parametrize("case", [*TOGETHER, *APART], ids=lambda case: case.name)
 def test_heads_of_a_group_share_a_tile_where_queries_are_few(case, arch, programs, monkeypatch):
-    monkeypatch.setattr(flash, "_INTERPRETER_ARCH", arch)
+    monkeypatch.setattr(flash_launches, "_INTERPRETER_ARCH", arch)
     check_forward("flash", case, dtype=torch.float32 if arch == "sm80" else torch.bfloat16)
     sequences, queries = (len(case.lens_q), max(case.lens_q)) if case.lens_q else (case.batch, case.seqlen_q)
     shared = case.heads_q // case.heads_kv if case in TOGETHER else 1
@@ -97,7 +97,7 @@ def test_heads_of_a_group_share_a_tile_where_queries_are_few(case, arch, program
 @pytest.mark.parametrize(("arch", "splits"), [("sm80", 3), ("sm90", 17)])
 @pytest.mark.parametrize("case", PARTED, ids=lambda case: case.name)
 def test_parts_of_the_keys(case, splits, arch, programs, monkeypatch):
-    monkeypatch.setattr(flash, "_INTERPRETER_ARCH", arch)
+    monkeypatch.setattr(flash_launches, "_INTERPRETER_ARCH", arch)
     monkeypatch.setattr(flash, "splits_of", lambda config, _: splits)
     check_forward("flash", case, dtype=torch.bfloat16 if arch == "sm90" else torch.float32)
     for first, merge in programs:

@@ -5,7 +5,7 @@ import torch
 
 import regard
 from regard import AttentionConfig, AttentionInputs
-from regard.backends import flash
+from regard.backends import flash_launches
 
 FAR = 2**30  # three elements this far apart, or a row and a dim of two each, reach 2**31
 
@@ -25,9 +25,9 @@ FAR = 2**30  # three elements this far apart, or a row and a dim of two each, re
 )
 def test_offsets_are_wide_where_a_tile_reaches_far(name, shape, strides, wide):
     tensors = dict.fromkeys("qkv", torch.empty(1, 4, 1, 8)) | {name: torch.empty_strided(shape, strides, device="meta")}
-    assert flash._wide(AttentionInputs(**tensors)) is wide
+    assert flash_launches._wide(AttentionInputs(**tensors)) is wide
     if name in "qkv":
-        assert flash._wide(AttentionInputs(*[torch.empty(1, 4, 1, 8)] * 3), tensors[name]) is wide
+        assert flash_launches._wide(AttentionInputs(*[torch.empty(1, 4, 1, 8)] * 3), tensors[name]) is wide
 
 
 def spread_out(shape, strides):
@@ -51,7 +51,7 @@ def spread_out(shape, strides):
     ids=["dims", "rows", "rows_and_dims", "parts"],
 )
 def test_elements_far_apart(shape, strides, arch, name, monkeypatch):
-    monkeypatch.setattr(flash, "_INTERPRETER_ARCH", arch)
+    monkeypatch.setattr(flash_launches, "_INTERPRETER_ARCH", arch)
     near = {each: torch.randn(shape, dtype=torch.float16) for each in "qkv"}
     near[name] = spread_out(shape, strides)
     far = {each: tensor.detach().requires_grad_() for each, tensor in near.items()}
@@ -67,15 +67,15 @@ def test_elements_far_apart(shape, strides, arch, name, monkeypatch):
 @pytest.mark.parametrize("softcap", [2.0, 128.0])
 def test_scores_are_capped_exactly(softcap):
     """A tanh made of one exponential is as exact as the products of float32, up to the greatest cap that is served."""
-    q, k, v = (4 * torch.randn(1, 40, 2, 64) for _ in range(3))
+    q, k, v = (4 * torch.randn(8, 40, 2, 64) for _ in range(3))
     call = {"softcap": softcap, "return_lse": True}
     wanted = regard.attention(q.double(), k.double(), v.double(), backend="reference", **call)
     plain = regard.attention(q, k, v, backend="reference", **call)
     if torch.cuda.is_available():
         q, k, v = q.cuda(), k.cuda(), v.cuda()
     for found, expected, torchs in zip(regard.attention(q, k, v, backend="flash", **call), wanted, plain, strict=True):
-        error, torchs_error = ((each.cpu().double() - expected).abs().max() for each in (found, torchs))
-        assert error <= 2 * torchs_error + 1e-5
+        error, torchs_error = ((each.cpu().double() - expected).square().mean().sqrt() for each in (found, torchs))
+        assert error <= 2 * torchs_error  # at four times the greatest cap 5 times, and 1.5 at most here
 
 
 @pytest.mark.parametrize(

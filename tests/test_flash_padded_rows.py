@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import regard
 from regard import AttentionConfig, AttentionInputs
-from regard.backends import flash
+from regard.backends import flash, flash_launches
 from regard.backends.padded_rows import readable_keys, with_padded_rows
 from regard.testing import Case, check_backward
 
@@ -171,8 +171,8 @@ def test_launches_are_told_how_far_rows_can_be_read():
     config = AttentionConfig.from_tensors(q, k, k, bias=bias)
     made = [
         flash.forward_launches(config, inputs, q, rows)[0],
-        *flash.backward_launches(config, inputs, q, rows, rows, inputs),
-        flash.bias_launch(config, inputs, q, rows, rows, flash.new_bias_gradient(config, bias)),
+        *flash_launches.backward_launches(config, inputs, q, rows, rows, inputs),
+        flash_launches.bias_launch(config, inputs, q, rows, rows, flash_launches.new_bias_gradient(config, bias)),
     ]
     assert [launch.arguments["readable_k"] for launch in made] == [48] * 4
     assert all(launch.arguments["bias_strides"] == (33 * 48, 0, 48, 1) for launch in made)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regard.backends import flash
+from regard.backends import flash_launches
 from regard.kernels import tuning
 from regard.testing import Case, check_backward, check_forward
 
@@ -31,7 +31,7 @@ CASES = [
 def tiles_of_gfx1100(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("device: got cuda, needs cpu (the interpreter, which takes any architecture's tiles)")
-    monkeypatch.setattr(flash, "_INTERPRETER_ARCH", "gfx1100")
+    monkeypatch.setattr(flash_launches, "_INTERPRETER_ARCH", "gfx1100")
 
 
 def test_gfx1100_has_tiles_with_parts():

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import regard
 from regard import AttentionConfig, AttentionInputs
-from regard.backends import flash
+from regard.backends import flash, flash_launches
 from regard.kernels import forward, tuning
 from regard.kernels.scores import GROWTH
 from regard.testing import Case, check_forward
@@ -45,7 +45,7 @@ def steady(monkeypatch):
     """The tiles of sm90 for long calls, all of which keep maxima."""
     if torch.cuda.is_available():
         pytest.skip("device: got cuda, needs cpu (the interpreter, which takes any architecture's tiles)")
-    monkeypatch.setattr(flash, "_INTERPRETER_ARCH", "sm90")
+    monkeypatch.setattr(flash_launches, "_INTERPRETER_ARCH", "sm90")
     steady = {
         entry: tuple(rule._replace(min_seqlen_k=0) for rule in rules if rule.tile.steady or not rule.min_seqlen_k)
         for entry, rules in tuning.FORWARD.items()
@@ -115,4 +115,4 @@ def test_maxima_follow_where_they_must(given):
             **given,
         }
     )
-    assert not flash._keeps_maxima(config)
+    assert not flash_launches._keeps_maxima(config)

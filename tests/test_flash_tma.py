@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from regard import AttentionConfig, AttentionInputs
-from regard.backends import flash
+from regard.backends import flash, flash_launches
 from regard.kernels import tuning
 from regard.testing import Case, check_backward, check_forward
 
@@ -15,7 +15,7 @@ from regard.testing import Case, check_backward, check_forward
 def tiles_of_sm90(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("device: got cuda, needs cpu (the interpreter, which takes any architecture's tiles)")
-    monkeypatch.setattr(flash, "_INTERPRETER_ARCH", "sm90")
+    monkeypatch.setattr(flash_launches, "_INTERPRETER_ARCH", "sm90")
 
 
 FORWARDS = [
@@ -50,12 +50,12 @@ def described(monkeypatch):
     """Names of the arguments that launches were given as descriptors."""
     found = []
 
-    def launch(kernel, programs, arguments, tile, made=flash._launch):
+    def launch(kernel, programs, arguments, tile, made=flash_launches._launch):
         launch = made(kernel, programs, arguments, tile)
         found.append({name for name, value in launch.arguments.items() if hasattr(value, "block_shape")})
         return launch
 
-    monkeypatch.setattr(flash, "_launch", launch)
+    monkeypatch.setattr(flash_launches, "_launch", launch)
     return found
 
 

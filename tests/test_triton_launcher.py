@@ -16,7 +16,7 @@ import triton
 from triton.backends.nvidia import driver
 
 from regard import AttentionConfig, AttentionInputs
-from regard.backends import flash, hopper, key_splits, launch, triton_launcher
+from regard.backends import flash, flash_launches, hopper, key_splits, launch, triton_launcher
 from regard.backends.launch import Launch, Repetition
 from regard.kernels import tuning
 
@@ -119,7 +119,7 @@ def backend(request, monkeypatch):
             assert any(rule.tile.by_tma for rule in table["sm90", 2, head_dim])
             of_many_rows = tuple(rule for rule in table["sm90", 2, head_dim] if rule.max_rows == tuning.MANY_ROWS)
             monkeypatch.setitem(table, ("sm90", 2, D), of_many_rows)
-        monkeypatch.setattr(flash, "_FEW_QUERIES", 0)
+        monkeypatch.setattr(flash_launches, "_FEW_QUERIES", 0)
     return hopper.HopperBackend() if request.param == "hopper" else flash.FlashBackend()
 
 
@@ -347,8 +347,8 @@ def test_flash_gives_descriptors_only_of_what_tma_can_read(machine, backend):
 
 def test_an_argument_that_would_be_that_of_the_first_call_is_noticed(machine):
     inputs, out = tensors(), gradient()
-    made = flash.forward_launches(CONFIG, inputs, out, rows_of())[0]
-    names = [name for name in (*flash._SCORE_TENSORS, *flash._FORWARD_TENSORS) if name != "lse_ptr"]
+    made = flash_launches.forward_launches(CONFIG, inputs, out, rows_of())[0]
+    names = [name for name in (*flash_launches.SCORE_TENSORS, *flash_launches.FORWARD_TENSORS) if name != "lse_ptr"]
     with pytest.raises(AssertionError, match="of the first call"):
         Repetition(made, Compiled(made, machine), names, inputs.q.device)
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from regard import AttentionConfig, AttentionInputs
-from regard.backends import flash, hopper
+from regard.backends import flash_launches, hopper
 from regard.backends.key_splits import new_parts
 from regard.backends.launch import new_results
 from regard.backends.padded_rows import with_padded_rows
@@ -63,8 +63,8 @@ class Kernel(NamedTuple):
 
 
 def _forward(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
-    parts = new_parts(config, inputs.q, hopper_tuning.MULTIPROCESSORS, flash.splits_of)
-    launch = flash.forward_launches(config, inputs, *new_results(config, inputs), parts)[0]
+    parts = new_parts(config, inputs.q, hopper_tuning.MULTIPROCESSORS, flash_launches.splits_of)
+    launch = flash_launches.forward_launches(config, inputs, *new_results(config, inputs), parts)[0]
     return launch.kernel, launch.arguments, launch.options
 
 
@@ -73,10 +73,10 @@ def _backward(index: int) -> Callable[..., tuple[Any, Mapping[str, Any], Mapping
 
     def launch(config: AttentionConfig, inputs: AttentionInputs) -> tuple[Any, Mapping[str, Any], Mapping[str, int]]:
         grad_out, lse = new_results(config, inputs)
-        launches = flash.backward_launches(config, inputs, grad_out, lse, lse, inputs)
+        launches = flash_launches.backward_launches(config, inputs, grad_out, lse, lse, inputs)
         if inputs.bias is not None:
-            dbias = flash.new_bias_gradient(config, inputs.bias)
-            launches.append(flash.bias_launch(config, inputs, grad_out, lse, lse, dbias))
+            dbias = flash_launches.new_bias_gradient(config, inputs.bias)
+            launches.append(flash_launches.bias_launch(config, inputs, grad_out, lse, lse, dbias))
         return launches[index].kernel, launches[index].arguments, launches[index].options
 
     return launch
@@ -327,7 +327,7 @@ def _calls_by_tile(rules: tuple[tuning.Rule, ...]) -> dict[tuning.Tile, tuple[bo
     found: dict[tuning.Tile, tuple[bool, int, bool, bool]] = {}
     lengths = sorted({_SEQLEN, *(rule.min_seqlen_k for rule in rules if rule.min_seqlen_k)})
     for steady, by_tma, length, causal in itertools.product((False, True), (True, False), lengths, (True, False)):
-        call = tuning.Call(causal, length, flash.triton_version(), by_tma=by_tma, steady=steady)
+        call = tuning.Call(causal, length, flash_launches.triton_version(), by_tma=by_tma, steady=steady)
         tile = next(rule.tile for rule in rules if rule.applies(call))
         found.setdefault(tile, (causal, length, by_tma, tile.steady))
     return found
@@ -467,7 +467,7 @@ def describe(record: Mapping[str, Any]) -> str:
 
 
 def record_path() -> Path:
-    return RECORDS / "triton-{}.{}.json".format(*flash.triton_version())
+    return RECORDS / "triton-{}.{}.json".format(*flash_launches.triton_version())
 
 
 def read_records() -> dict[str, dict[str, Any]] | None:

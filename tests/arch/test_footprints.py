@@ -5,7 +5,7 @@ import warnings
 import footprints
 import pytest
 
-from regard.backends.flash import triton_version
+from regard.backends.flash_launches import triton_version
 from regard.kernels import tuning
 
 CASES = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from regard import AttentionConfig, KvCacheLayout, Reason
-from regard.backends.flash import new_gradients
+from regard.backends.flash_launches import new_gradients
 from regard.backends.launch import new_results
 from regard.backends.padded_rows import broadcast_strides, with_padded_rows
 

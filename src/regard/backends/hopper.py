@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from regard.backends import key_splits, tma
-from regard.backends.flash import (
-    bounded_band,
-    new_gradients,
-    row_tensors,
-    row_terms_launch,
-    sink_gradient,
-    softcap_reasons,
-    triton_reason,
-)
+from regard.backends.flash import sink_gradient, softcap_reasons, triton_reason
+from regard.backends.flash_launches import bounded_band, new_gradients, row_tensors, row_terms_launch
 from regard.backends.hopper_plan import forward_tile, one_cut, query_tiles, splits_of, too_small
 from regard.backends.key_splits import Parts, merge_launch, multiprocessors
 from regard.backends.launch import (

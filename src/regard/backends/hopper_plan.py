@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from regard.backends.flash import bounded_band, keys_seen
+from regard.backends.flash_launches import bounded_band, keys_seen
 from regard.config import AttentionConfig
 from regard.kernels import hopper_tuning, tuning
 

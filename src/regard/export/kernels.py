@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from regard.backends import flash
+from regard.backends import flash, flash_launches
 from regard.backends.launch import Launch, new_results
 from regard.backends.padded_rows import with_padded_rows
 from regard.config import AttentionConfig
@@ -179,10 +179,10 @@ def launches(config: AttentionConfig) -> dict[str, Launch]:
     """What the `flash` backend would launch for a call, by step."""
     inputs = with_padded_rows(meta_inputs(config))
     out, lse = new_results(config, inputs)
-    made = flash.forward_launches(config, inputs, out, lse, by_tma=False, steady=False)
+    made = flash_launches.forward_launches(config, inputs, out, lse, by_tma=False, steady=False)
     if config.requires_grad:
-        made.append(flash.row_terms_launch(config, inputs, out, out, lse, None, lse, lse))
-        made += flash.backward_launches(config, inputs, out, lse, lse, inputs, by_tma=False)
+        made.append(flash_launches.row_terms_launch(config, inputs, out, out, lse, None, lse, lse))
+        made += flash_launches.backward_launches(config, inputs, out, lse, lse, inputs, by_tma=False)
     return dict(zip(STEPS, made, strict=False))
 
 

@@ -3,7 +3,7 @@
 Dao 2023, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", section 3.1 and algorithm
 2, as a pass over key blocks for dK and dV and a pass over query blocks for dQ: two products more than the algorithm
 has, but no two programs add to the same element, so that the result is bitwise repeatable. (Atomic sums of dQ in the
-first pass, measured on an H200, are slower as well.) The launcher is `regard.backends.flash`.
+first pass, measured on an H200, are slower as well.) The launcher is `regard.backends.flash_launches`.
 """
 
 import triton

@@ -2,7 +2,7 @@
 
 Dao 2023, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", algorithm 1: each program
 keeps one tile of queries and streams the visible key/value tiles past it with an online softmax (Milakov and
-Gimelshein 2018). Runs wherever Triton does; the launcher is `regard.backends.flash`.
+Gimelshein 2018). Runs wherever Triton does; the launcher is `regard.backends.flash_launches`.
 """
 
 import triton
