@@ -378,7 +378,9 @@ def attention_forward(
     row_max, row_sum = first_softmax(sinks_ptr, row_head, BLOCK_M, ROW_SUMS)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # The interior, then the edges if something is cut; in one loop the whole. Where maxima stay, the edges first, then
-    # the interior, then the whole again if the maxima did not serve: rarely, so that it takes no registers to be fast.
+    # the interior, then the whole again if the maxima did not serve: rarely, so that addresses to load far ahead, which
+    # TMA has none of, would take registers for nothing.
+    AGAIN_STAGES: tl.constexpr = 1 if STEADY and isinstance(k_ptr, tl.tensor) else None
     FIRST: tl.constexpr = WHOLE if ONE_LOOP else EDGES if STEADY else INTERIOR
     LAST: tl.constexpr = WHOLE if ONE_LOOP or STEADY else EDGES if RAGGED else INTERIOR
     STEP: tl.constexpr = 1 if ONE_LOOP or STEADY else -1
@@ -397,7 +399,7 @@ def attention_forward(
                 q_strides, k_strides, v_strides, mask_strides, bias_strides,
                 page_size, softmax_scale, softcap, window_left, window_right, dropout_threshold,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part != INTERIOR, RAW, WIDE, PRECISION,
-                DIMS, PACK, STEADY and part == INTERIOR, 1 if STEADY and part == WHOLE else None,
+                DIMS, PACK, STEADY and part == INTERIOR, AGAIN_STAGES if part == WHOLE else None,
             )  # fmt: skip
 
     out, lse = last_softmax(acc, row_max, row_sum)
