@@ -191,7 +191,7 @@ def backward_launches(
     *,
     by_tma: bool = True,
 ) -> list[Launch]:
-    """The launches that fill q, k and v of ``gradients``: dK and dV, then dQ. ``by_tma``: see `forward_launch`."""
+    """The launches that fill q, k and v of ``gradients``: dK and dV, then dQ. ``by_tma``: see `forward_launches`."""
     from regard.kernels.backward import backward_keys, backward_queries
 
     def arguments(tile: tuning.Tile, cut: bool) -> dict[str, Any]:
