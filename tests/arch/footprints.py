@@ -170,8 +170,6 @@ _ODD = 509
 _SQUARE = (_BATCH, _HEADS, _ODD, _ODD)
 
 _PAGED: dict[str, Any] = dict(kv_lens=True, page_size=16)
-_FEW: dict[str, Any] = dict(heads_kv=2, seqlen_k=8192, causal=True)
-"""Of few rows: heads that share a tile, and keys in parts."""
 
 FEATURES: dict[str, dict[str, Any]] = {
     "window-alibi-softcap-sinks": dict(window=(128, 64), alibi=True, softcap=30.0, sinks=True),
@@ -216,7 +214,7 @@ _HOPPER_TWO_PASSES: list[tuple[str, dict[str, Any]]] = [
     ("d128 everything", dict(head_dim=128, softcap=30.0, **_HOPPER_EVERYTHING)),
     ("d256 everything", dict(head_dim=256, softcap=30.0, **_HOPPER_EVERYTHING)),
 ]
-SM90_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+HOPPER_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "hopper-forward": [
         ("d64 plain", dict(head_dim=64)),
         ("d64 causal", dict(head_dim=64, causal=True)),
@@ -256,7 +254,7 @@ SM90_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "hopper-backward-keys": _HOPPER_TWO_PASSES,
     "hopper-backward-queries": _HOPPER_TWO_PASSES,
 }
-"""Calls that between them compile every tile and every feature of the Gluon kernels, and what else only sm90 has."""
+"""Calls that between them compile every tile and every feature of the Gluon kernels."""
 
 
 def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
@@ -270,8 +268,8 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             **{**sizes, "dtype": dtype, "device": "cuda", "arch": arch, **options}  # type: ignore[arg-type]
         )
 
-    if kernel in SM90_CASES:
-        for name, options in SM90_CASES[kernel] if arch == "sm90" else ():
+    if kernel in HOPPER_CASES:
+        for name, options in HOPPER_CASES[kernel] if arch == "sm90" else ():
             add(name, **{"dtype": torch.bfloat16, **options})
         return made
     for (entry_arch, itemsize, head_dim), rules in KERNELS[kernel].table.items():
@@ -290,14 +288,10 @@ def cases(kernel: str, arch: str) -> dict[str, AttentionConfig]:
             follows = kernel == "forward" and any(rule.tile.steady for rule in rules) and not steady
             dtype = torch.float16 if follows else torch.bfloat16  # whose maxima would stay
             add(name + (" steady" if steady else ""), dtype, head_dim=head_dim, **options)
-        for rule in rules:
-            if rule.max_rows < tuning.MANY_ROWS:
-                group = _HEADS // _FEW["heads_kv"]
-                few = dict(head_dim=head_dim, seqlen_q=rule.max_rows // group, **_FEW, **(_PAGED if rule.paged else {}))
-                if any(other.min_seqlen_k > rule.min_seqlen_k for other in rules if other.max_rows == rule.max_rows):
-                    few["seqlen_k"] = rule.min_seqlen_k or _SEQLEN
-                name = f"d{head_dim} rows{rule.max_rows} k{few['seqlen_k']}" + (" paged" if rule.paged else "")
-                add(name, torch.bfloat16, **few)
+        for rows, paged, length in _calls_of_few_rows(rules):
+            name = f"d{head_dim} rows{rows} k{length}" + (" paged" if paged else "")
+            few = dict(head_dim=head_dim, heads_kv=2, seqlen_q=rows * 2 // _HEADS, seqlen_k=length, causal=True)
+            add(name, torch.bfloat16, **few, **(_PAGED if paged else {}))
         if kernel == "forward" and any(rule.aligned is False for rule in rules):
             add(f"d{head_dim - 8}-mqa unaligned", torch.bfloat16, head_dim=head_dim - 8, heads_kv=1)
             if any(rule.tile.by_tma for rule in rules):
@@ -331,6 +325,20 @@ def _calls_by_tile(rules: tuple[tuning.Rule, ...]) -> dict[tuning.Tile, tuple[bo
         tile = next(rule.tile for rule in rules if rule.applies(call))
         found.setdefault(tile, (causal, length, by_tma, tile.steady))
     return found
+
+
+def _calls_of_few_rows(rules: tuple[tuning.Rule, ...]) -> Iterator[tuple[int, bool, int]]:
+    """For each rule of few rows a call of which it is the first: rows, whether keys are paged, and how many there are,
+    if possible enough to be taken in parts.
+    """
+    for rule in rules:
+        for length in (8192, _SEQLEN) if rule.max_rows < tuning.MANY_ROWS else ():
+            call = tuning.Call(
+                True, length, flash_launches.triton_version(), rows=rule.max_rows, paged=rule.paged is True
+            )
+            if next(first for first in rules if first.applies(call)) is rule:
+                yield call.rows, call.paged, length
+                break
 
 
 # --- Measuring

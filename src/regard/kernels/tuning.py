@@ -31,8 +31,8 @@ MANY_ROWS = 1 << 31
 MOST_SPLITS = 128
 _LEAST_KEYS = 1024  # of a tile that is split: below, merging costs what it saves
 _LEAST_SPLIT_KEYS = 256
-_FEW_ROWS = 512  # of the output
-_FEW_ROWS_SPLIT_KEYS = 128
+_SMALL_OUTPUT = 512  # rows of it, in all heads
+_SMALL_OUTPUT_SPLIT_KEYS = 128
 _ROWS_MERGED_PER_KEY = 8  # while a tile attends to one key more: splits must save more keys than merging costs
 
 
@@ -362,6 +362,6 @@ def key_splits(tiles: int, keys: int, rows: int, programs: int) -> int:
     """
     if keys < _LEAST_KEYS or tiles == 0:
         return 1
-    least = _FEW_ROWS_SPLIT_KEYS if rows <= _FEW_ROWS else _LEAST_SPLIT_KEYS
+    least = _SMALL_OUTPUT_SPLIT_KEYS if rows <= _SMALL_OUTPUT else _LEAST_SPLIT_KEYS
     splits = max(1, min(programs // tiles, keys // least, MOST_SPLITS))
     return splits if (keys - keys // splits) * _ROWS_MERGED_PER_KEY > rows else 1
